@@ -1,0 +1,206 @@
+"""The method's configuration: one frozen model a concern, every field with its range, meaning and source.
+
+Sources: "3.1" is the table of choices in docs/method.md. Fractions of a side refer to the image's height and width.
+"""
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Probability = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Config(BaseModel):
+    """Frozen, and refuses unknown keys: a mistyped key is an error, never a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class PixelSpec(Config):
+    """How pixels are stored and normalised: part of the dataset card and of every checkpoint."""
+
+    encoding: Literal["raw"] = "raw"
+    """`raw`: height x width bytes, row by row."""
+    channels: Literal[1] = 1
+    dtype: Literal["uint8"] = "uint8"
+    fit: Literal["crop", "pad"] = "pad"
+    """How a rectangle became a square."""
+    mean: Share = 0.449
+    """Mean of grey ImageNet, in units of the full range: what the network subtracts."""
+    std: Positive = 0.226
+    """Standard deviation of grey ImageNet, in units of the full range: what the network divides by."""
+
+
+class PerturbConfig(Config):
+    """Feature perturbation of FPC: channel dropout (UniMatch)."""
+
+    rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    """Probability that a channel of the weak features is zeroed."""
+
+
+class ModelConfig(Config):
+    """The shared network: a timm backbone and one linear head."""
+
+    backbone: str = "densenet121"
+    """Any timm model name that yields pooled features."""
+    weights: str = "none"
+    """`none`, `imagenet` (timm's own, needs a network), or the URI of a .safetensors or .pth file of tensors."""
+    drop: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout rate inside the backbone, where the timm model offers it."""
+    perturb: PerturbConfig = PerturbConfig()
+
+
+class WeakConfig(Config):
+    """The weak view: a random crop, resized back to the image size."""
+
+    crop: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Smallest share of the area that a crop keeps; 1 switches cropping off."""
+
+
+class RedConfig(Config):
+    """Random elastic deformation (RED; Simard et al. 2003), by physical size instead of library parameters."""
+
+    rms: Annotated[float, Field(ge=0.0, le=0.1)] = 0.013
+    """Root mean square displacement per axis, as a fraction of the side; 0 switches RED off."""
+    sigma: Annotated[float, Field(gt=0.0, le=0.5)] = 0.045
+    """Correlation length (standard deviation of the Gaussian), as a fraction of the side."""
+    p: Share = 0.5
+    """Probability that RED is applied to a strong view."""
+
+    @model_validator(mode="after")
+    def fold_free(self) -> "RedConfig":
+        """Refuses fields that would fold the image over itself."""
+        if self.rms > 0.33 * self.sigma:
+            raise ValueError(
+                f"rms {self.rms} with sigma {self.sigma} folds the image over itself; keep rms <= 0.33 * sigma"
+            )
+        return self
+
+
+class StrongConfig(Config):
+    """The strong view on top of a weak draw: random operations that leave a radiograph a radiograph."""
+
+    ops: Annotated[int, Field(ge=0, le=4)] = 2
+    """Operations drawn from autocontrast, brightness, contrast, sharpness, rotate, shear, translate, equalize."""
+    magnitude: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
+    """Scales the largest strength of every operation (1 = rotate 15 degrees, shear 0.1, translate 0.1)."""
+    blur: Share = 0.5
+    """Probability of a Gaussian blur with sigma 0.1-2 px at a side of 224 px, scaled with the side."""
+    cutout: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
+    """Largest side of the erased square, as a fraction of the image side; 0 switches it off."""
+
+
+class ViewsConfig(Config):
+    """Both augmented views of an image."""
+
+    hflip: Share = 0.0
+    """Probability of a horizontal flip. A flip mirrors the heart, hence 0; 0.5 is an ablation."""
+    weak: WeakConfig = WeakConfig()
+    strong: StrongConfig = StrongConfig()
+    red: RedConfig = RedConfig()
+
+
+class LossConfig(Config):
+    """The supervised loss and the weights of the three consistency terms (docs/method.md, section 4.2)."""
+
+    sup: Literal["an", "wan", "an_ls"] = "an"
+    """Loss on the weak view: assume negative, weak assume negative, or assume negative with label smoothing."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
+    """Smoothing c of `an_ls`: targets c and 1 - c."""
+    lambda_ipc: NonNegative = 1.0
+    lambda_fpc: NonNegative = 0.5
+    lambda_btc: NonNegative = 0.5
+    norm: Literal["selected", "all"] = "selected"
+    """Denominator of the consistency terms: selected entries (LAC) or all entries (FixMatch)."""
+    warmup_epochs: NonNegative = 1.0
+    """Epochs, fractions allowed, with L_sup alone."""
+    ramp_epochs: NonNegative = 1.0
+    """Epochs over which the consistency terms rise linearly to their weight."""
+
+    @property
+    def needs_strong(self) -> bool:
+        """Whether any active term reads the strong view."""
+        return self.lambda_ipc > 0
+
+
+class PseudoConfig(Config):
+    """Pseudo-labels: which predictions on the weak view become targets (docs/method.md, section 3.2)."""
+
+    tau_pos: Probability = 0.6
+    """Positive where the probability is at least this."""
+    tau_neg: Probability = 0.4
+    """Negative where the probability is below this."""
+    align: Literal["none", "distribution"] = "none"
+    """Distribution alignment: shift logits by logit(prior) - logit(running mean)."""
+    kappa: Annotated[float, Field(ge=1.0)] | None = None
+    """Mean number of positives an image: extra information, declared. Needed by distribution alignment."""
+    source: Literal["online", "ema"] = "online"
+    """Whose prediction is the target: the network of the same step, or its exponential moving average."""
+    form: Literal["hard", "soft"] = "hard"
+    """Targets 0 and 1, or the probabilities themselves, on the selected entries."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> "PseudoConfig":
+        """Thresholds may not overlap; alignment needs its prior."""
+        if self.tau_neg > self.tau_pos:
+            raise ValueError(f"tau_neg {self.tau_neg} lies above tau_pos {self.tau_pos}; keep tau_neg <= tau_pos")
+        if self.align == "distribution" and self.kappa is None:
+            raise ValueError("align=distribution needs kappa, the mean number of positives an image; set pseudo.kappa")
+        return self
+
+
+class BtcConfig(Config):
+    """Batch-level consistency: one transformer encoder layer across the mini-batch (BatchFormer)."""
+
+    input: Literal["weak", "strong"] = "weak"
+    """Whose pooled features enter the encoder."""
+    target: Literal["pseudo", "observed"] = "pseudo"
+    """Pseudo-labels with their mask, or the observed labels with L_sup, as in BatchFormer."""
+    scope: Literal["rank", "global"] = "rank"
+    """Attention over the batch of one rank, or over the gathered global batch."""
+    heads: Annotated[int, Field(ge=1)] = 4
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    lr_scale: Positive = 0.1
+    """Learning rate of the encoder relative to the network's."""
+
+
+class OptimConfig(Config):
+    """Optimiser and schedule."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = 1e-4
+    """Peak learning rate at the configured global batch; never rescaled silently."""
+    weight_decay: NonNegative = 1e-4
+    warmup: Share = 0.05
+    """Share of all steps over which the rate rises linearly; a cosine to zero follows."""
+    clip: Positive = 5.0
+    """Largest norm of the gradient."""
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.999
+    """Decay of the evaluation weights, as min(ema, (1 + t) / (10 + t)); 0 evaluates the raw weights."""
+
+
+class MethodConfig(Config):
+    """All that a method's builder reads: `pipeline.config.RunConfig` extends it with data and training."""
+
+    model: ModelConfig = ModelConfig()
+    views: ViewsConfig = ViewsConfig()
+    loss: LossConfig = LossConfig()
+    pseudo: PseudoConfig = PseudoConfig()
+    btc: BtcConfig = BtcConfig()
+    optim: OptimConfig = OptimConfig()
+
+    @model_validator(mode="after")
+    def strong_features(self) -> "MethodConfig":
+        """BTC on strong features needs the strong forward pass that IPC makes."""
+        if self.loss.lambda_btc > 0 and self.btc.input == "strong" and not self.loss.needs_strong:
+            raise ValueError("btc.input=strong needs the strong view; set loss.lambda_ipc above 0 or btc.input=weak")
+        return self
+
+
+def logit(probability: float) -> float:
+    """log(p / (1 - p)) of a probability in (0, 1)."""
+    return math.log(probability / (1.0 - probability))

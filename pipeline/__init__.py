@@ -1,0 +1,1 @@
+"""The data and training pipeline on Ray Data and Ray Train."""

@@ -1,0 +1,124 @@
+"""The configuration of data preparation and of a training run, composed of the method's own models."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mpc.config import Config, MethodConfig, Positive, Share
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class SplitConfig(Config):
+    """The patient-level split: by salted hash, or the collection's own lists where it has them."""
+
+    by: Literal["official", "hash"] = "official"
+    """`official` honours the source's own lists and carves `val` from its training patients; without lists, `hash`."""
+    salt: str = "mpc-cxr"
+    val: Share = 0.1
+    test: Share = 0.1
+
+    @model_validator(mode="after")
+    def leaves_training(self) -> "SplitConfig":
+        """Something must remain to train on."""
+        if self.val + self.test >= 1:
+            raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on; keep their sum below 1")
+        return self
+
+
+class PolicyConfig(Config):
+    """What uncertain and blank entries of a table mean: 0, 1, or unknown."""
+
+    uncertain: Literal["zeros", "ones", "ignore"] = "zeros"
+    blank: Literal["zeros", "ones", "ignore"] = "zeros"
+
+
+class PhantomConfig(Config):
+    """The embedded synthetic source."""
+
+    images: Count = 3000
+    seed: Annotated[int, Field(ge=0)] = 0
+    profile: Literal["dense", "nih"] = "dense"
+
+
+class PrepareConfig(Config):
+    """Source to shards."""
+
+    source: Literal["phantom", "nih"] = "phantom"
+    findings: tuple[str, ...] | None = None
+    """Findings to keep, in this order; None takes the source's own list."""
+    image_size: Annotated[int, Field(ge=16, le=2048)] = 224
+    """Side in pixels of the stored square image."""
+    fit: Literal["crop", "pad"] = "pad"
+    """How a rectangle becomes a square: cut the longer side centrally, or pad the shorter one with black."""
+    policy: PolicyConfig = PolicyConfig()
+    split: SplitConfig = SplitConfig()
+    phantom: PhantomConfig = PhantomConfig()
+    shard_mib: Annotated[float, Field(gt=0, le=1024)] = 128.0
+    """Size of a shard in MiB before compression."""
+    row_group: Annotated[int, Field(ge=1, le=256)] = 256
+    """Rows of a Parquet row group: the unit of reading and of the shuffle."""
+    max_bad: Share = 0.01
+    """Largest share of images that may be quarantined before prepare stops."""
+
+
+class DataConfig(Config):
+    """How a run sees a prepared data set."""
+
+    draw_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the drawn positive; another seed rewrites nothing."""
+    val_labels: Literal["full", "observed"] = "full"
+    """Whether validation may use all known labels or, like training, one positive an image."""
+    window: Annotated[int, Field(ge=4096)] = 4096
+    """Rows among which the stream shuffles after it has permuted row groups."""
+    task_cpus: Positive = 0.5
+    """CPUs that one reading and augmenting task asks of Ray."""
+    tasks: Count = 2
+    """Reading and augmenting tasks at work at a time, for each rank."""
+
+
+class TrainConfig(Config):
+    """The loop around the method."""
+
+    method: str = "mpc"
+    """`mpc` or the name of a baseline."""
+    epochs: Count = 8
+    batch_size: Count = 32
+    """Images of a global batch, over all workers."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    num_workers: Count = 1
+    use_gpu: bool = False
+    threads: Count = 1
+    """CPU threads of each worker; results are bit-equal only at the same number."""
+    worker_cpus: Positive = 1.0
+    """CPUs that each worker asks of Ray."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Autocast of the backbone; head and losses stay in float32."""
+    eval_batch_size: Count = 128
+    log_every: Count = 50
+    """Steps between two lines of the log."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two checkpoints inside an epoch; 0 writes them at the ends of epochs only."""
+    keep: Count = 1
+    """Latest checkpoints that are kept beside the best one."""
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """How often a run that lost a worker continues from its last checkpoint."""
+    metric: Literal["macro_auroc", "macro_ap"] = "macro_auroc"
+    """Validation metric by which the best checkpoint is chosen."""
+
+    @model_validator(mode="after")
+    def divides(self) -> "TrainConfig":
+        """Every rank takes an equal slice of the global batch."""
+        if self.batch_size % self.num_workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide over {self.num_workers} workers; "
+                f"use a multiple of num_workers"
+            )
+        return self
+
+
+class RunConfig(MethodConfig):
+    """One training run, fully resolved: what checkpoints and MLflow hold."""
+
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
