@@ -3,7 +3,6 @@
 Sources: "3.1" is the table of choices in docs/method.md. Fractions of a side refer to the image's height and width.
 """
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -112,13 +111,16 @@ class LossConfig(Config):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
     """Smoothing c of `an_ls`: targets c and 1 - c."""
     lambda_ipc: NonNegative = 1.0
+    """Weight of instance-level consistency (strong view); 0 skips its branch."""
     lambda_fpc: NonNegative = 0.5
+    """Weight of feature-level consistency (channel dropout); 0 skips its branch."""
     lambda_btc: NonNegative = 0.5
+    """Weight of batch-level consistency (transformer across the batch); 0 skips its branch."""
     norm: Literal["selected", "all"] = "selected"
     """Denominator of the consistency terms: selected entries (LAC) or all entries (FixMatch)."""
-    warmup_epochs: NonNegative = 1.0
-    """Epochs, fractions allowed, with L_sup alone."""
-    ramp_epochs: NonNegative = 1.0
+    warmup_epochs: NonNegative = 0.4
+    """Epochs, fractions allowed, with L_sup alone; 0.4 is 5 % of the default 8 epochs."""
+    ramp_epochs: NonNegative = 0.4
     """Epochs over which the consistency terms rise linearly to their weight."""
 
     @property
@@ -199,8 +201,3 @@ class MethodConfig(Config):
         if self.loss.lambda_btc > 0 and self.btc.input == "strong" and not self.loss.needs_strong:
             raise ValueError("btc.input=strong needs the strong view; set loss.lambda_ipc above 0 or btc.input=weak")
         return self
-
-
-def logit(probability: float) -> float:
-    """log(p / (1 - p)) of a probability in (0, 1)."""
-    return math.log(probability / (1.0 - probability))

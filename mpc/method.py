@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from mpc.model import Classifier
 
 
 class Batch(NamedTuple):
@@ -64,7 +66,7 @@ class Method(Protocol):
         """Called once before training with the number of training rows and of findings."""
         ...
 
-    def step(self, model: nn.Module, batch: Batch, progress: Progress) -> StepOutput:
+    def step(self, model: Classifier, batch: Batch, progress: Progress) -> StepOutput:
         """Loss of one batch. Pure but for the method's own state; changes no weight."""
         ...
 
@@ -80,6 +82,6 @@ class Method(Protocol):
         """Restores what `state_dict` gave."""
         ...
 
-    def param_groups(self, model: nn.Module, lr: float) -> Iterable[dict[str, Any]]:
+    def param_groups(self, model: Classifier, lr: float) -> Iterable[dict[str, Any]]:
         """Optimiser groups: the model's parameters and the method's own, each with its learning rate."""
         ...

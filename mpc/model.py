@@ -1,0 +1,185 @@
+"""The network: a timm backbone with one linear head, the batch encoder of BTC, and the evaluation average."""
+
+import io
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load as load_safetensors
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from mpc.errors import UserError
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Classifier(nn.Module):
+    """Grey images to one logit a finding.
+
+    Args:
+        backbone: maps float images [B, 1, H, W] to pooled features [B, C].
+        num_features: C.
+        num_findings: K.
+        mean: subtracted from pixels in [0, 1].
+        std: divides them.
+        amp: `off`, `bf16` or `fp16`: autocast of the backbone alone; the head stays in float32.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_features: int,
+        num_findings: int,
+        *,
+        mean: float = 0.449,
+        std: float = 0.226,
+        amp: str = "off",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(num_features, num_findings)
+        self.num_features, self.num_findings = num_features, num_findings
+        self.mean, self.std = mean, std
+        self.amp = AMP_DTYPES.get(amp)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Pooled features, float32 [B, C], of images [B, 1, H, W] with values 0-255, uint8 or float."""
+        pixels = (images.float() / 255.0 - self.mean) / self.std
+        with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp is not None):
+            pooled: Tensor = self.backbone(pixels)
+        return pooled.flatten(1).float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 [B, K], of images [B, 1, H, W] with values 0-255."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+class BatchEncoder(nn.Module):
+    """One transformer encoder layer whose sequence axis is the mini-batch (BatchFormer; Hou et al., CVPR 2022).
+
+    Post-norm, ReLU, feed-forward width C, no positional code; it exists during training only.
+
+    Args:
+        num_features: C, divisible by `heads`.
+        heads: attention heads.
+        dropout: inside the layer.
+    """
+
+    def __init__(self, num_features: int, heads: int = 4, dropout: float = 0.5) -> None:
+        super().__init__()
+        if num_features % heads:
+            raise UserError(
+                f"btc.heads {heads} does not divide the backbone's {num_features} features; choose a divisor of it"
+            )
+        self.layer = nn.TransformerEncoderLayer(num_features, heads, num_features, dropout, batch_first=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C] to [B, C]: every row attends to every row."""
+        encoded: Tensor = self.layer(features.unsqueeze(1))
+        return encoded.squeeze(1)
+
+
+class Ema(ModelEmaV3):  # type: ignore[misc]
+    """Average of the weights for evaluation; its decay grows as min(decay, (1 + t) / (10 + t))."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, decay=decay)
+        self.module.requires_grad_(False)
+
+    def get_decay(self, step: int | None = None) -> float:
+        """Share of the old average that update number `step` keeps."""
+        assert step is not None
+        decay: float = self.decay
+        return min(decay, (1 + step) / (10 + step))
+
+
+def build(
+    backbone: str,
+    num_findings: int,
+    *,
+    weights: str = "none",
+    tensors: dict[str, Tensor] | None = None,
+    drop: float = 0.0,
+    mean: float = 0.449,
+    std: float = 0.226,
+    amp: str = "off",
+) -> Classifier:
+    """A classifier on the timm model `backbone`.
+
+    Args:
+        backbone: timm model name.
+        num_findings: K.
+        weights: `imagenet` takes timm's own (needs a network); anything else starts from `tensors` or at random.
+        tensors: pretrained weights as `read_tensors` gives them.
+        drop: dropout rate inside the backbone.
+        mean: of pixels in [0, 1].
+        std: of pixels in [0, 1].
+        amp: `off`, `bf16` or `fp16`.
+
+    Raises:
+        UserError: unknown model name, or weights that do not fit.
+    """
+    options: dict[str, Any] = {"in_chans": 1, "num_classes": 0, **({"drop_rate": drop} if drop else {})}
+    if not timm.is_model(backbone.split(".")[0]):
+        near = timm.list_models(f"*{backbone[:6]}*")[:5]
+        raise UserError(f"model.backbone {backbone!r} is not a timm model; near: {', '.join(near) or 'none'}")
+    network = timm.create_model(backbone, pretrained=weights == "imagenet", **options)
+    if tensors is not None:
+        fit_weights(network, tensors, weights)
+    num_features = int(getattr(network, "head_hidden_size", None) or network.num_features)
+    return Classifier(network, num_features, num_findings, mean=mean, std=std, amp=amp)
+
+
+def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
+    """Tensors of a .safetensors or .pth file; nothing is unpickled but tensors.
+
+    Raises:
+        UserError: the file is of another kind or holds something else.
+    """
+    if name.endswith(".safetensors"):
+        tensors: dict[str, Tensor] = load_safetensors(data)
+        return tensors
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"model.weights {name}: not a file of tensors alone ({type(error).__name__}); use .safetensors or .pth"
+        ) from error
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise UserError(f"model.weights {name}: holds no mapping of names to tensors; save a state_dict")
+    return loaded
+
+
+def fit_weights(network: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+    """Copies pretrained tensors into a backbone: by name, or, where all names differ, by order and shape.
+
+    A colour stem is summed to one channel, as timm does: the same response to a grey image. A classifier at the end of
+    `tensors` is left out.
+
+    Raises:
+        UserError: names and shapes do not match.
+    """
+    own = network.state_dict()
+    if own.keys() <= tensors.keys():
+        source = {key: tensors[key] for key in own}
+    else:
+        source = dict(zip(own, tensors.values(), strict=False))
+    fitted = {key: _grey(value, own[key]) for key, value in source.items()}
+    wrong = next((key for key in own if key not in fitted or fitted[key].shape != own[key].shape), None)
+    if wrong is not None:
+        found = tuple(source[wrong].shape) if wrong in source else "nothing"
+        raise UserError(
+            f"model.weights {name}: {wrong} needs shape {tuple(own[wrong].shape)}, found {found}; "
+            f"use weights of the configured backbone"
+        )
+    network.load_state_dict(fitted)
+
+
+def _grey(value: Tensor, target: Tensor) -> Tensor:
+    """A stem for three colours as one for grey; any other tensor as it is."""
+    if value.ndim == 4 and target.ndim == 4 and value.shape[1] == 3 and target.shape[1] == 1:
+        return value.sum(1, keepdim=True)
+    return value

@@ -1,0 +1,66 @@
+"""Two real gloo processes against one: gathered BTC and global denominators give the single-process gradient."""
+
+import socket
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from mpc.losses import assume_negative
+from mpc.method import Batch, Progress
+from mpc.model import BatchEncoder, Classifier
+from mpc.step import Mpc
+
+ROWS, SIDE, FINDINGS = 8, 4, 5
+
+
+def network() -> tuple[Classifier, Mpc]:
+    torch.manual_seed(0)
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 12)), 12, FINDINGS).double()
+    encoder = BatchEncoder(12, heads=4, dropout=0.0).double()
+    return model, Mpc(assume_negative, tau_pos=0.55, tau_neg=0.45, perturb_rate=0.0, encoder=encoder, btc_global=True)
+
+
+def batch(rows: slice) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    weak, strong = torch.randint(0, 256, (2, ROWS, 1, SIDE, SIDE), generator=generator)
+    observed = nn.functional.one_hot(torch.arange(ROWS) % FINDINGS, FINDINGS).double()
+    return Batch(
+        weak[rows], strong[rows], observed[rows], observed[rows], observed[rows] >= 0, torch.arange(ROWS)[rows]
+    )
+
+
+def gradient(model: Classifier, method: Mpc, rows: slice) -> Tensor:
+    Classifier.features, restore = features_in_double, Classifier.features
+    try:
+        parameters = [*model.parameters(), *method.parameters()]
+        grads = torch.autograd.grad(method.step(model, batch(rows), Progress(0, 1, 1)).loss, parameters)
+    finally:
+        Classifier.features = restore
+    return torch.cat([g.flatten() for g in grads])
+
+
+def features_in_double(self: Classifier, images: Tensor) -> Tensor:
+    return self.backbone(images.double() / 255.0)
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model, method = network()
+    half = ROWS // 2
+    grad = gradient(model, method, slice(rank * half, rank * half + half))
+    dist.all_reduce(grad)
+    torch.save(grad / 2, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_gradient_of_one_process(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(work, args=(port, str(tmp_path)), nprocs=2)
+    expected = gradient(*network(), slice(None))
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected, rtol=0, atol=1e-14)
