@@ -1,0 +1,241 @@
+"""Runs in MLflow: what is logged, when, and what happens while the tracking server is away."""
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from tuning.record import RunRecord, Status, finite, flatten
+from tuning.store import check_uri, client_of, experiment_id
+
+log = logging.getLogger(__name__)
+
+KEY_TAG = "mpc.run_key"
+PARENT_TAG = "mlflow.parentRunId"
+PARAMS_A_BATCH, METRICS_A_BATCH = 100, 1000  # limits of MLflow's log_batch
+PAUSE_S = 30.0  # after a failure the server is left alone for so long
+
+Operation = Callable[[MlflowClient, str], object]
+
+
+class Verdict(StrEnum):
+    """What becomes of a record that could not be logged."""
+
+    RETRY = "retry"
+    DROP = "drop"
+
+
+def judge(error: Exception) -> Verdict:
+    """Whether the server may take the same record later (it is away or busy) or never will (the record is at fault)."""
+    if isinstance(error, FileNotFoundError):
+        return Verdict.DROP
+    busy = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "IO_ERROR"}
+    if isinstance(error, MlflowException):
+        return Verdict.RETRY if error.error_code in busy else Verdict.DROP
+    return Verdict.RETRY
+
+
+class TrackedRun:
+    """One run, and what the server has not taken yet, in order."""
+
+    def __init__(self, record: RunRecord, parent: "TrackedRun | None" = None) -> None:
+        self.record, self.parent = record, parent
+        self.run_id: str | None = None
+        self.logged: set[tuple[str, int]] = set()
+        self.waiting: deque[Operation] = deque()
+
+
+class Tracker:
+    """Writes runs to one MLflow experiment from one background thread, in order.
+
+    A run never waits for the server and never ends because of it: what the server did not take waits and is sent with
+    the next record; what is left at `close` can be replayed by `tuning.sync`.
+
+    Args:
+        uri: of the tracking server or database.
+        experiment: made where it is missing.
+        pause: seconds for which a server is left alone after a failure.
+    """
+
+    def __init__(self, uri: str, experiment: str = "mpc-cxr", *, pause: float = PAUSE_S) -> None:
+        self.uri, self.experiment, self.pause = check_uri(uri), experiment, pause
+        self.failures = 0
+        self.dropped = 0
+        self._client: MlflowClient | None = None
+        self._experiment_id: str | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._runs: list[TrackedRun] = []
+        self._quiet_until = 0.0
+
+    def __reduce__(self) -> tuple[type["Tracker"], tuple[str, str]]:
+        """Ray Tune pickles callbacks with a search's state: a copy starts empty and finds its runs by their keys."""
+        return Tracker, (self.uri, self.experiment)
+
+    def start_run(self, record: RunRecord, parent: TrackedRun | None = None) -> TrackedRun:
+        """A run for `record`; one with the same key is continued: its status becomes RUNNING, its history is kept."""
+        run = TrackedRun(record, parent)
+        self._runs.append(run)
+        self._thread.submit(self._drain, run)
+        return run
+
+    def log_epoch(self, run: TrackedRun, metrics: Mapping[str, object], step: int) -> None:
+        """One batch of metrics at `step`; what is no finite number is left out, what is known is not repeated."""
+        now = int(time.time() * 1000)
+        batch = [Metric(name, value, now, step) for name, value in finite(metrics).items()]
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            fresh = [metric for metric in batch if (metric.key, step) not in run.logged]
+            for start in range(0, len(fresh), METRICS_A_BATCH):
+                client.log_batch(run_id, metrics=fresh[start : start + METRICS_A_BATCH])
+            run.logged.update((metric.key, step) for metric in fresh)
+
+        self._submit(run, send)
+
+    def set_tags(self, run: TrackedRun, tags: Mapping[str, str]) -> None:
+        """Tags; an older value is replaced."""
+        batch = [RunTag(key, str(value)) for key, value in tags.items()]
+        self._submit(run, lambda client, run_id: client.log_batch(run_id, tags=batch))
+
+    def log_config(self, run: TrackedRun, config: Mapping[str, Any]) -> None:
+        """The resolved configuration: searchable parameters with dotted keys, and `config.yaml` as an artifact.
+
+        Parameters cannot change in MLflow: of a continued run only those that are new are written.
+        """
+        text = yaml.safe_dump(dict(config), sort_keys=False)
+        params = [Param(key, value) for key, value in flatten(config).items()]
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            known = client.get_run(run_id).data.params
+            fresh = [param for param in params if param.key not in known]
+            for start in range(0, len(fresh), PARAMS_A_BATCH):
+                client.log_batch(run_id, params=fresh[start : start + PARAMS_A_BATCH])
+            client.log_text(run_id, text, "config.yaml")
+
+        self._submit(run, send)
+
+    def log_dataset(self, run: TrackedRun, name: str, digest: str, context: str = "training") -> None:
+        """The data set by name and digest; its place stays unlogged."""
+        dataset = Dataset(name=name, digest=digest[:36], source_type="local", source=json.dumps({"digest": digest}))
+        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+        self._submit(run, lambda client, run_id: client.log_inputs(run_id, datasets=[entry]))
+
+    def log_artifact(self, run: TrackedRun, path: Path, folder: str | None = None) -> None:
+        """A local file or folder, as it is when its turn comes."""
+        send = MlflowClient.log_artifacts if path.is_dir() else MlflowClient.log_artifact
+        self._submit(run, lambda client, run_id: send(client, run_id, str(path), folder))
+
+    def end_run(self, run: TrackedRun, status: Status) -> None:
+        """The run's last word: FINISHED, FAILED or KILLED."""
+        self._submit(run, lambda client, run_id: client.set_terminated(run_id, status=status.value))
+
+    def run_id(self, run: TrackedRun) -> str | None:
+        """MLflow's id of the run, once all before has been sent; None while the server is away."""
+        self.flush()
+        return run.run_id
+
+    def flush(self) -> int:
+        """Waits until everything was tried once more; the number of records that are still waiting."""
+        done: Future[int] = self._thread.submit(self._drain_all)
+        return done.result()
+
+    def close(self) -> int:
+        """Flushes and stops; the number of records that the server never took, also told as one warning."""
+        left = self.flush()
+        self._thread.shutdown()
+        if left or self.dropped:
+            log.warning(
+                "MLflow at %s did not take %d records (%d failures); `mpc-cxr sync` replays them from metrics.jsonl",
+                urlsplit(self.uri).hostname or "its database",
+                left + self.dropped,
+                self.failures,
+            )
+        return left
+
+    def _submit(self, run: TrackedRun, operation: Operation) -> None:
+        """Hands `operation` to the background thread."""
+        run.waiting.append(operation)
+        self._thread.submit(self._drain, run)
+
+    def _drain_all(self) -> int:
+        """Tries every run now, until the first failure."""
+        self._quiet_until = 0.0
+        for run in self._runs:
+            self._drain(run)
+        return sum(len(run.waiting) + (run.run_id is None) for run in self._runs)
+
+    def _drain(self, run: TrackedRun) -> None:
+        """Sends what waits, oldest first, unless the server has just failed."""
+        while time.monotonic() >= self._quiet_until and (run.waiting or run.run_id is None):
+            try:
+                client = self._connect()
+                run_id = self._open(client, run)
+                if run.waiting:
+                    run.waiting[0](client, run_id)
+                    run.waiting.popleft()
+            except Exception as error:  # whatever a tracking server does, the run goes on
+                self._failed(run, error)
+
+    def _failed(self, run: TrackedRun, error: Exception) -> None:
+        """Counts a failure, tells the first one, and pauses or drops the record."""
+        verdict = judge(error) if run.run_id else Verdict.RETRY
+        told = log.debug if self.failures else log.warning
+        told("MLflow: %s: %s (%s); the run goes on", type(error).__name__, str(error).split("\n")[0][:200], verdict)
+        self.failures += 1
+        if verdict is Verdict.DROP:
+            run.waiting.popleft()
+            self.dropped += 1
+        else:
+            self._quiet_until = time.monotonic() + self.pause
+
+    def _connect(self) -> MlflowClient:
+        """The client, made when it is first needed: a new database takes seconds."""
+        if self._client is None:
+            self._client = client_of(self.uri)
+        return self._client
+
+    def _open(self, client: MlflowClient, run: TrackedRun) -> str:
+        """The run's id: found by its key, else made."""
+        if run.run_id is None:
+            experiment = self._experiment(client)
+            tags = {**run.record.tags, KEY_TAG: run.record.key}
+            if run.parent is not None:
+                tags[PARENT_TAG] = self._open(client, run.parent)
+            elif run.record.parent and (parent := _find(client, experiment, run.record.parent)):
+                tags[PARENT_TAG] = parent
+            run_id = _find(client, experiment, run.record.key)
+            if run_id is None:
+                run_id = str(client.create_run(experiment, run_name=run.record.name, tags=tags).info.run_id)
+            else:
+                _continue(client, run, run_id)
+            run.run_id = run_id
+        return run.run_id
+
+    def _experiment(self, client: MlflowClient) -> str:
+        """The experiment's id, asked for once."""
+        if self._experiment_id is None:
+            self._experiment_id = experiment_id(client, self.uri, self.experiment)
+        return self._experiment_id
+
+
+def _find(client: MlflowClient, experiment: str, key: str) -> str | None:
+    """The id of the run with this key."""
+    found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    return str(found[0].info.run_id) if found else None
+
+
+def _continue(client: MlflowClient, run: TrackedRun, run_id: str) -> None:
+    """Sets a known run running again and reads which metrics it has."""
+    client.update_run(run_id, status="RUNNING")
+    for name in client.get_run(run_id).data.metrics:
+        run.logged.update((name, metric.step) for metric in client.get_metric_history(run_id, name))
