@@ -1,4 +1,4 @@
-"""One row an image: the table that every source yields, the manifest that policy and split make of it, and its checks."""
+"""One row an image: what every source yields, what policy and split make of it, and the checks on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -142,7 +142,7 @@ def check_unique(image_ids: pa.ChunkedArray) -> None:
     doubled = pc.filter(counts.field("values"), pc.greater(counts.field("counts"), 1))
     if len(doubled):
         raise UserError(
-            f"image id {doubled[0].as_py()!r} occurs more than once ({len(doubled)} such ids); ids are unique"
+            f"image id {doubled[0].as_py()!r} occurs twice or more ({len(doubled)} such ids); mend the table"
         )
 
 
