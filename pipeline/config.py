@@ -60,6 +60,10 @@ class PrepareConfig(Config):
     """Rows of a Parquet row group: the unit of reading and of the shuffle."""
     max_bad: Share = 0.01
     """Largest share of images that may be quarantined before prepare stops."""
+    strata: tuple[Literal["sex", "age_band"], ...] = ()
+    """Patient fields that the shards shall carry for metrics by group; none unless asked for."""
+    task_cpus: Positive = 1.0
+    """CPUs that one task, which decodes and writes one shard, asks of Ray."""
 
 
 class DataConfig(Config):
