@@ -86,11 +86,12 @@ class StrongConfig(Config):
     ops: Annotated[int, Field(ge=0, le=4)] = 2
     """Operations drawn from autocontrast, brightness, contrast, sharpness, rotate, shear, translate, equalize."""
     magnitude: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
-    """Scales the largest strength of every operation (1 = rotate 15 degrees, shear 0.1, translate 0.1)."""
+    """Scales the largest strength of every operation (1 = rotate 15 degrees, shear 0.1, translate 0.1, brightness and
+    contrast 0.7-1.3); autocontrast and equalize have none."""
     blur: Share = 0.5
     """Probability of a Gaussian blur with sigma 0.1-2 px at a side of 224 px, scaled with the side."""
     cutout: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
-    """Largest side of the erased square, as a fraction of the image side; 0 switches it off."""
+    """Largest side of the erased rectangle, as a fraction of the image side; 0 switches it off."""
 
 
 class ViewsConfig(Config):
