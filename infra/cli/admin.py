@@ -1,0 +1,61 @@
+"""Verbs about the installation itself: doctor, config show|schema|presets."""
+
+import json
+from typing import Annotated
+
+import typer
+import yaml
+
+from infra.cli.options import Config, Set, Verbose, settings_of, tracking_uri
+from infra.console import console, say, table
+from infra.settings import Settings, presets
+
+configuration = typer.Typer(help="Shows settings: what is in force, what is possible, which presets exist.")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs of this file."""
+    app.command(epilog="Example: mpc-cxr doctor --data s3://bucket/nih-224 --out runs")(doctor)
+    configuration.command(epilog="Example: mpc-cxr config show --config mpc --set optim.lr=1e-4")(show)
+    configuration.command(epilog="Example: mpc-cxr config schema > schema.json")(schema)
+    configuration.command("presets", epilog="Example: mpc-cxr config presets")(list_presets)
+    app.add_typer(configuration, name="config", no_args_is_help=True, epilog="Example: mpc-cxr config show")
+
+
+def doctor(
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="URI", help="Data set whose storage must be readable.")
+    ] = None,
+    out: Annotated[str, typer.Option("--out", metavar="URI", help="Place whose storage must be writable.")] = ".",
+    config: Config = None,
+    set_: Set = None,
+    verbose: Verbose = False,
+) -> None:
+    """Checks versions, processors, disk (GiB), storage and tracking; exit code 1 if anything fails, with what to do."""
+    settings = settings_of(config, set_, verbose)
+    from infra.doctor import examine
+
+    findings = examine(settings, data, out, tracking_uri(settings, out))
+    table("", ["check", "", "found"], [[item.name, "ok" if item.ok else "FAILS", item.found] for item in findings])
+    for item in findings:
+        if not item.ok:
+            say(f"{item.name}: {item.remedy}")
+    if not all(item.ok for item in findings):
+        raise typer.Exit(1)
+
+
+def show(config: Config = None, set_: Set = None, verbose: Verbose = False) -> None:
+    """Prints the settings in force as YAML: defaults, then --config, then --set; units are in `config schema`."""
+    settings = settings_of(config, set_, verbose)
+    print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), end="")
+
+
+def schema() -> None:
+    """Prints the JSON schema of all settings: types, ranges, defaults, units."""
+    print(json.dumps(Settings.model_json_schema(), indent=2))
+
+
+def list_presets() -> None:
+    """Lists the presets that --config takes."""
+    table("", ["preset", "what it is"], presets().items())
+    console().print("See one in full: mpc-cxr config show --config NAME", markup=False)

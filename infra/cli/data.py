@@ -1,0 +1,102 @@
+"""Verbs that make and verify data sets: prepare, check."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from infra.cli.options import Config, Data, DryRun, Out, Resume, Set, Verbose, claim, settings_of
+from infra.console import progress, say, table
+from mpc.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.card import DatasetCard
+
+Source = Annotated[
+    Literal["phantom", "nih"] | None,
+    typer.Option("--source", help="Where images come from: sets prepare.source. phantom is synthetic."),
+]
+Root = Annotated[
+    str | None, typer.Option("--root", metavar="URI", help="Folder or bucket of the collection; phantom needs none.")
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs of this file."""
+    app.command(
+        epilog="Example: mpc-cxr prepare --source nih --root /data/nih --out /data/nih-224 --set prepare.image_size=224"
+    )(prepare)
+    app.command(epilog="Example: mpc-cxr check --data /data/nih-224")(check)
+
+
+def prepare(
+    out: Out,
+    source: Source = None,
+    root: Root = None,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Turns a collection into shards: labels, patient-level split, one decode and resize an image.
+
+    Image sizes are pixels a side, shards MiB before compression; a bad image is quarantined with its reason.
+    """
+    settings = settings_of(config, set_, verbose)
+    if source is not None:
+        settings = settings_of(config, [*(set_ or []), f"prepare.source={source}"])
+    if settings.prepare.source != "phantom" and root is None:
+        raise UserError(f"source {settings.prepare.source} needs --root, the folder or bucket of the collection")
+    claim(out, resume)
+    if dry_run:
+        _plan(settings.prepare.source, root, out, settings.prepare.image_size)
+        return
+    from pipeline import runtime
+    from pipeline.shards import prepare as write_shards
+
+    runtime.start(verbose=verbose)
+    with progress("prepare") as report:
+        card = write_shards(settings.prepare, root, out, resume=resume, progress=report)
+    show_card(card)
+    say(f"data set: {out}")
+
+
+def check(data: Data, verbose: Verbose = False) -> None:
+    """Verifies a data set: schema, patients in two splits, ranges, digests, counts. Exit code 1 on any fault."""
+    settings_of(None, None, verbose)
+    from pipeline.card import read_card
+    from pipeline.check import check as faults_of
+
+    card = read_card(data)
+    with progress("check") as report:
+        faults = faults_of(data, progress=report)
+    show_card(card)
+    for fault in faults:
+        say(f"fault: {fault}")
+    say(f"{data}: {len(faults)} faults" if faults else f"{data}: sound")
+    if faults:
+        raise typer.Exit(1)
+
+
+def show_card(card: "DatasetCard") -> None:
+    """Tables of images, patients and positives per finding and split."""
+    splits = list(card.counts)
+    kind = "synthetic radiographs, " if card.synthetic else ""
+    table(
+        f"{card.name}: {kind}{card.image_size} pixels a side",
+        ["", *splits],
+        [
+            ["images", *(f"{card.counts[split].images:,}" for split in splits)],
+            ["patients", *(f"{card.counts[split].patients:,}" for split in splits)],
+            *([name, *(f"{card.counts[split].positives[name]:,}" for split in splits)] for name in card.findings),
+        ],
+    )
+    bad = sum(card.quarantined.values())
+    if bad:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in card.quarantined.items())
+        say(f"quarantined: {bad} images ({reasons}); see quarantine.parquet")
+
+
+def _plan(source: str, root: str | None, out: str, size: int) -> None:
+    """What prepare would read and write."""
+    say(f"would prepare {source}{f' from {root}' if root else ''} at {size} pixels a side into {out}")

@@ -1,0 +1,147 @@
+"""Verbs that use a trained model: evaluate, predict, register, promote."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from infra.cli.options import (
+    Checkpoint,
+    Config,
+    Data,
+    Model,
+    Out,
+    Resume,
+    Set,
+    Verbose,
+    checkpoint_of,
+    claim,
+    settings_of,
+    tracking_uri,
+)
+from infra.console import progress, say, table
+from mpc.errors import UserError
+
+Split = Annotated[Literal["train", "val", "test"], typer.Option("--split", help="Part of the data set to score.")]
+Images = Annotated[str, typer.Option("--images", metavar="URI", help="Folder or bucket of PNG, JPEG or DICOM files.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs of this file."""
+    app.command(
+        epilog="Example: mpc-cxr evaluate --model models:/mpc-cxr@champion --data /data/nih-224 --out runs/test-scores"
+    )(evaluate)
+    app.command(
+        epilog="Example: mpc-cxr predict --checkpoint runs/mpc-1/checkpoints/best --images /data/new --out runs/new"
+    )(predict)
+    app.command(epilog="Example: mpc-cxr register --checkpoint runs/mpc-1/checkpoints/best --model mpc-cxr")(register)
+    app.command(epilog="Example: mpc-cxr promote --model models:/mpc-cxr/3")(promote)
+
+
+def evaluate(
+    data: Data,
+    out: Out,
+    checkpoint: Checkpoint = None,
+    model: Model = None,
+    split: Split = "test",
+    config: Config = None,
+    set_: Set = None,
+    verbose: Verbose = False,
+) -> None:
+    """Scores a model on one split, every image exactly once: macro AUROC, mean average precision, each finding.
+
+    Both scores lie in 0..1. A finding without positives or without negatives has no score and stays out of the mean.
+    """
+    settings = settings_of(config, set_, verbose)
+    folder = checkpoint_of(checkpoint, model, settings, near=out)
+    claim(out, resume=False)
+    from pipeline.evaluate import evaluate as score
+
+    metrics = score(folder, data, split, Path(out), batch_size=settings.train.eval_batch_size)
+    show_metrics(metrics)
+    say(f"predictions and metrics: {out}")
+
+
+def predict(
+    images: Images,
+    out: Out,
+    checkpoint: Checkpoint = None,
+    model: Model = None,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    verbose: Verbose = False,
+) -> None:
+    """Writes the findings of every image in a folder; probabilities lie in 0..1, an unreadable file is a row too."""
+    settings = settings_of(config, set_, verbose)
+    folder = checkpoint_of(checkpoint, model, settings, near=out)
+    claim(out, resume)
+    from pipeline import runtime
+    from pipeline.predict import predict as write_findings
+
+    runtime.start(verbose=verbose)
+    with progress("predict") as report:
+        summary = write_findings(folder, images, out, progress=report)
+    say(f"findings of {summary.images} images: {out}; {summary.failed} could not be read")
+
+
+def register(
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FOLDER", help="Checkpoint folder.")],
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Name of the model in the registry.")],
+    config: Config = None,
+    set_: Set = None,
+    verbose: Verbose = False,
+) -> None:
+    """Makes a checkpoint a new version of a registered model (MLflow), with signature, weights and their metadata."""
+    settings = settings_of(config, set_, verbose)
+    if "/" in model or ":" in model:
+        raise UserError(f"--model {model}: register takes a plain name, such as mpc-cxr; MLflow counts versions")
+    folder = checkpoint_of(checkpoint, None, settings)
+    from tuning import registry
+
+    uri = tracking_uri(settings, near=checkpoint)
+    version = registry.register(folder, model, uri)
+    say(f"registered models:/{model}/{version} in {uri}")
+
+
+def promote(
+    model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME/VERSION that becomes champion.")],
+    config: Config = None,
+    set_: Set = None,
+    verbose: Verbose = False,
+) -> None:
+    """Points the alias `champion` at a version, so that models:/NAME@champion means it."""
+    settings = settings_of(config, set_, verbose)
+    name, version = _name_and_version(model)
+    from tuning import registry
+
+    registry.promote(name, version, tracking_uri(settings))
+    say(f"models:/{name}@champion is version {version}")
+
+
+def show_metrics(metrics: dict[str, Any]) -> None:
+    """The table of metrics.json: each finding with its counts, the macro means first."""
+    macro = metrics["macro"]
+    rows: list[list[object]] = [
+        [f"mean of {len(macro['findings_averaged'])}", None, None, _score(macro["auroc"]), _score(macro["ap"])]
+    ]
+    for name, row in metrics["findings"].items():
+        rows.append([name, row["n_pos"], row["n_neg"], _score(row["auroc"]), _score(row["ap"])])
+    table(
+        f"{metrics['split']}: {metrics['n_images']:,} images",
+        ["finding", "positive", "negative", "AUROC", "average precision"],
+        rows,
+    )
+
+
+def _score(value: float | None) -> str:
+    """Three decimals, or a dash where a finding has no score."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _name_and_version(uri: str) -> tuple[str, int]:
+    """`("NAME", 3)` from `models:/NAME/3`."""
+    name, slash, version = uri.removeprefix("models:/").rpartition("/")
+    if not (uri.startswith("models:/") and slash and name and version.isdigit()):
+        raise UserError(f"--model {uri}: promote needs a version, such as models:/mpc-cxr/3")
+    return name, int(version)

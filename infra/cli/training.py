@@ -1,0 +1,74 @@
+"""Verbs that train: train, tune, and sync of their records."""
+
+
+import typer
+
+from infra.cli.options import Config, Data, DryRun, Out, Resume, Set, Verbose, claim, settings_of, tracking_uri
+from infra.console import progress, say
+from infra.settings import Settings, run_config
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs of this file."""
+    app.command(
+        epilog="Example: mpc-cxr train --data /data/nih-224 --out runs/mpc-1 --config mpc --set train.epochs=8"
+    )(train)
+    app.command(epilog="Example: mpc-cxr sync --out runs/search-1 --set tracking.uri=http://mlflow:5000")(sync)
+
+
+def train(
+    data: Data,
+    out: Out,
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Trains one model on a prepared data set; every epoch is validated, checkpointed and recorded in MLflow.
+
+    Lengths are epochs, the batch size is images over all workers, rates are per image set as configured.
+    """
+    settings = settings_of(config, set_, verbose)
+    claim(out, resume)
+    if dry_run:
+        show_plan(settings, data, out)
+        return
+    from infra.listeners import EpochLines
+    from pipeline import runtime
+    from pipeline.train import Listener
+    from pipeline.train import train as fit
+    from tuning.listeners import RunListener
+    from tuning.tracking import Tracker
+
+    tracker = Tracker(tracking_uri(settings, out), settings.tracking.experiment)
+    runtime.start(verbose=verbose)
+    with progress("train") as display:
+        listeners: list[Listener] = [EpochLines(display), RunListener(tracker, out)]
+        result = fit(run_config(settings), data, out, resume=resume, listeners=listeners)
+    tracker.close()
+    metric = f"val_{settings.train.metric}"
+    say(f"best epoch {result.metrics['epoch']:g} of {settings.train.epochs}: {metric} {result.metrics[metric]:.4f}")
+    say(f"best checkpoint: {result.best_checkpoint}")
+
+
+def show_plan(settings: Settings, data: str, out: str) -> None:
+    """What a run would do, from the settings and the dataset card alone."""
+    from pipeline.card import read_card
+
+    card = read_card(data)
+    images, run = len(card.rows("train")), settings.train
+    steps = images // run.batch_size
+    say(
+        f"would train {settings.model.backbone} with {run.method} for {run.epochs} epochs of {steps:,} steps, "
+        f"{run.batch_size} images each over {run.num_workers} workers, on {images:,} images of {card.name} into {out}"
+    )
+
+
+def sync(out: Out, config: Config = None, set_: Set = None, verbose: Verbose = False) -> None:
+    """Replays the runs below --out to MLflow: what a server missed while it was away; what it has stays as it is."""
+    settings = settings_of(config, set_, verbose)
+    from tuning.sync import sync as replay
+
+    summary = replay(out, tracking_uri(settings, out))
+    say(f"{summary.runs} runs, {summary.epochs} epochs are in {summary.uri}")
