@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from mpc.errors import UserError
-from tuning.record import RunRecord, Status, finite, flatten
+from tuning.record import RunRecord, Status, epoch_metrics, flatten
 from tuning.store import client_of, default_uri
 from tuning.tracking import KEY_TAG, Tracker, Verdict, judge
 
@@ -162,6 +162,6 @@ def test_places_stay_here() -> None:
     assert flatten(values) == {"a.weights": "w.pth", "b": "['d']", "n": "None"}
 
 
-def test_only_finite_numbers_of_the_allowed_names() -> None:
-    values = {"loss": 1, "lr": float("inf"), "pid": 7, "flag": True, "x": None}
-    assert finite(values, frozenset({"loss", "lr", "flag"})) == {"loss": 1.0}
+def test_only_finite_numbers_of_ours() -> None:
+    values = {"loss": 1, "val_macro_ap": 0.5, "lr": float("inf"), "pid": 7, "loss_x": True, "seconds": None}
+    assert epoch_metrics(values) == {"loss": 1.0, "val_macro_ap": 0.5}

@@ -10,15 +10,10 @@ from pydantic import Field
 
 from mpc.config import Config
 from pipeline.dotted import flat
+from pipeline.meter import RATIOS
 
-METRICS = frozenset(
-    [
-        *("lr", "ramp", "loss", "loss_sup", "loss_ipc", "loss_fpc", "loss_btc", "val_macro_auroc", "val_macro_ap"),
-        *("selected_share", "pseudo_positives", "mean_sum_p", "pseudo_precision", "pseudo_recall"),
-        *("images_per_s", "seconds"),
-    ]
-)
-"""The metrics of an epoch that go to MLflow; what Ray Tune adds to a result stays out."""
+METRICS = frozenset({"lr", "ramp", "loss", "images_per_s", "data_wait_share", "seconds", *RATIOS})
+PREFIXES = ("loss_", "val_")
 
 
 class Status(StrEnum):
@@ -61,13 +56,20 @@ def without_places(value: Any) -> Any:
     return value
 
 
-def finite(metrics: Mapping[str, object], allowed: frozenset[str] | None = None) -> dict[str, float]:
-    """The finite numbers among `metrics`, or among those that are `allowed`."""
+def ours(name: str) -> bool:
+    """Whether a metric is one of an epoch of ours; Ray Tune adds many to a result (pid, timestamp, config/...)."""
+    return name in METRICS or name.startswith(PREFIXES)
+
+
+def finite(metrics: Mapping[str, object]) -> dict[str, float]:
+    """The finite numbers among `metrics`."""
     return {
         name: float(value)
         for name, value in metrics.items()
-        if (allowed is None or name in allowed)
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
+
+
+def epoch_metrics(line: Mapping[str, object]) -> dict[str, float]:
+    """What goes to MLflow of a line of metrics.jsonl or a result of Ray Tune."""
+    return {name: value for name, value in finite(line).items() if ours(name)}

@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import yaml
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -46,6 +47,14 @@ def judge(error: Exception) -> Verdict:
     return Verdict.RETRY
 
 
+_trackers: "WeakValueDictionary[tuple[str, str], Tracker]" = WeakValueDictionary()
+
+
+def shared(uri: str, experiment: str) -> "Tracker":
+    """This process's open tracker of that address and experiment, else a new one."""
+    return _trackers.get((uri, experiment)) or Tracker(uri, experiment)
+
+
 class TrackedRun:
     """One run, and what the server has not taken yet, in order."""
 
@@ -77,13 +86,14 @@ class Tracker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._runs: list[TrackedRun] = []
         self._quiet_until = 0.0
+        _trackers[self.uri, experiment] = self
 
-    def __reduce__(self) -> tuple[type["Tracker"], tuple[str, str]]:
-        """Ray Tune pickles callbacks with a search's state: a copy starts empty and finds its runs by their keys."""
-        return Tracker, (self.uri, self.experiment)
+    def __reduce__(self) -> tuple[Callable[[str, str], "Tracker"], tuple[str, str]]:
+        """Ray Tune pickles callbacks with a search's state: in a process that has this tracker, it is this one again."""
+        return shared, (self.uri, self.experiment)
 
     def start_run(self, record: RunRecord, parent: TrackedRun | None = None) -> TrackedRun:
-        """A run for `record`; one with the same key is continued: its status becomes RUNNING, its history is kept."""
+        """A run for `record`; one with the same key is continued: its history is kept."""
         run = TrackedRun(record, parent)
         self._runs.append(run)
         self._thread.submit(self._drain, run)
@@ -137,7 +147,12 @@ class Tracker:
 
     def end_run(self, run: TrackedRun, status: Status) -> None:
         """The run's last word: FINISHED, FAILED or KILLED."""
-        self._submit(run, lambda client, run_id: client.set_terminated(run_id, status=status.value))
+
+        def send(client: MlflowClient, run_id: str) -> None:
+            if client.get_run(run_id).info.status != status.value:  # a replay leaves the time of the end alone
+                client.set_terminated(run_id, status=status.value)
+
+        self._submit(run, send)
 
     def run_id(self, run: TrackedRun) -> str | None:
         """MLflow's id of the run, once all before has been sent; None while the server is away."""
@@ -153,6 +168,7 @@ class Tracker:
         """Flushes and stops; the number of records that the server never took, also told as one warning."""
         left = self.flush()
         self._thread.shutdown()
+        _trackers.pop((self.uri, self.experiment), None)
         if left or self.dropped:
             log.warning(
                 "MLflow at %s did not take %d records (%d failures); `mpc-cxr sync` replays them from metrics.jsonl",
@@ -235,7 +251,8 @@ def _find(client: MlflowClient, experiment: str, key: str) -> str | None:
 
 
 def _continue(client: MlflowClient, run: TrackedRun, run_id: str) -> None:
-    """Sets a known run running again and reads which metrics it has."""
-    client.update_run(run_id, status="RUNNING")
+    """Sets a known run running again, unless it is a replay, and reads which metrics it has."""
+    if run.record.status is Status.RUNNING:
+        client.update_run(run_id, status=Status.RUNNING.value)
     for name in client.get_run(run_id).data.metrics:
         run.logged.update((name, metric.step) for metric in client.get_metric_history(run_id, name))
