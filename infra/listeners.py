@@ -1,10 +1,11 @@
-"""A training run on the screen: `pipeline.train.Listener` for people."""
+"""Runs and searches on the screen: `pipeline.train.Listener` and `tuning.search.SearchListener` for people."""
 
 from typing import Any
 
 from infra.console import Display
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
+from tuning.config import SearchConfig
 
 LOSSES = {"loss": "loss", "loss_ipc": "ipc", "loss_fpc": "fpc", "loss_btc": "btc"}
 
@@ -33,6 +34,49 @@ class EpochLines:
 
     def on_end(self, status: str, best_checkpoint: str | None) -> None:
         """The verb itself says how a run ended."""
+
+
+class TrialLines:
+    """Moves a display with the trials of a search and leaves one line a trial behind.
+
+    Args:
+        display: where to.
+        config: names the metric and how many trials there will be.
+        epochs: of a trial that runs to its end.
+    """
+
+    def __init__(self, display: Display, config: SearchConfig, epochs: int) -> None:
+        self.display, self.config, self.epochs = display, config, epochs
+        self.best_of: dict[str, float] = {}
+        self.epoch_of: dict[str, int] = {}
+        self.ended = 0
+
+    def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None:
+        """Shows that the search moves."""
+        self._show(f"trial {trial_id} starts")
+
+    def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None:
+        """Keeps the trial's best value."""
+        value = metrics.get(self.config.metric)
+        if value is not None:
+            best = self.best_of.get(trial_id, value)
+            self.best_of[trial_id] = max(best, value) if self.config.mode == "max" else min(best, value)
+        self.epoch_of[trial_id] = int(metrics.get("epoch", 0))
+        self._show(f"trial {trial_id} epoch {self.epoch_of[trial_id]}/{self.epochs}")
+
+    def on_trial_end(self, trial_id: str, status: str) -> None:
+        """One line: how the trial ended, after how many epochs, with which best value."""
+        self.ended += 1
+        value = f"{self.best_of[trial_id]:.3f}" if trial_id in self.best_of else "–"
+        epochs = self.epoch_of.get(trial_id, 0)
+        self.display.line(f"trial {trial_id}: {status} after {epochs} epochs, {self.config.metric} {value}")
+        self._show(f"trial {trial_id} {status}")
+
+    def _show(self, text: str) -> None:
+        """Trials done, and the best value so far."""
+        choose = max if self.config.mode == "max" else min
+        best = f", best {choose(self.best_of.values()):.3f}" if self.best_of else ""
+        self.display(self.ended, self.config.max_trials, text + best)
 
 
 def _losses(line: dict[str, Any]) -> str:

@@ -1,11 +1,22 @@
 """Verbs that train: train, tune, and sync of their records."""
 
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from infra.cli.options import Config, Data, DryRun, Out, Resume, Set, Verbose, claim, settings_of, tracking_uri
-from infra.console import progress, say
+from infra.console import progress, say, table
 from infra.settings import Settings, run_config
+
+if TYPE_CHECKING:
+    from tuning.search import SearchResult
+
+Space = Annotated[
+    str,
+    typer.Option(
+        "--space", metavar="NAME|FILE", help="What is searched: a shipped space, or YAML over dotted settings."
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -13,6 +24,9 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         epilog="Example: mpc-cxr train --data /data/nih-224 --out runs/mpc-1 --config mpc --set train.epochs=8"
     )(train)
+    app.command(
+        epilog="Example: mpc-cxr tune --data /data/nih-224 --out runs/search-1 --config mpc --set search.max_trials=40"
+    )(tune)
     app.command(epilog="Example: mpc-cxr sync --out runs/search-1 --set tracking.uri=http://mlflow:5000")(sync)
 
 
@@ -63,6 +77,63 @@ def show_plan(settings: Settings, data: str, out: str) -> None:
         f"would train {settings.model.backbone} with {run.method} for {run.epochs} epochs of {steps:,} steps, "
         f"{run.batch_size} images each over {run.num_workers} workers, on {images:,} images of {card.name} into {out}"
     )
+
+
+def tune(
+    data: Data,
+    out: Out,
+    space: Space = "mpc",
+    config: Config = None,
+    set_: Set = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+) -> None:
+    """Searches settings on a prepared data set; each trial is a run, trials that fall behind are stopped early.
+
+    Budgets are settings: search.max_trials, search.max_hours, train.epochs. Only resume from storage that you trust
+    as you trust code: Ray Tune keeps its own state as a pickle.
+    """
+    settings = settings_of(config, set_, verbose)
+    claim(out, resume)
+    from tuning.space import load
+
+    found = load(space, run_config(settings))
+    if dry_run:
+        show_plan(settings, data, out)
+        table(f"searched in up to {settings.search.max_trials} trials", ["setting", "values"], found.describe())
+        return
+    from infra.searching import search
+
+    with progress("tune") as display:
+        result = search(settings, found, data, out, tracking_uri(settings, out), display, resume, verbose)
+    show_trials(result, settings.search.metric)
+    say(f"best checkpoint: {result.best_checkpoint}")
+
+
+def show_trials(result: "SearchResult", metric: str) -> None:
+    """The trials with what they tried, the best one first."""
+    ranked = sorted(result.trials, key=lambda trial: (trial is not result.best, trial.status == "failed"))
+    names = sorted({name for trial in ranked for name in trial.params})
+    table(
+        f"{len(ranked)} trials",
+        ["trial", "status", "epochs", metric, *names],
+        [
+            [
+                trial.trial_id,
+                trial.status,
+                trial.epochs,
+                _rounded(trial.value),
+                *(_rounded(trial.params.get(name)) for name in names),
+            ]
+            for trial in ranked
+        ],
+    )
+
+
+def _rounded(value: object) -> object:
+    """Floats with three significant digits; anything else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else value
 
 
 def sync(out: Out, config: Config = None, set_: Set = None, verbose: Verbose = False) -> None:
