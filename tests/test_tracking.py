@@ -135,9 +135,14 @@ def test_what_becomes_of_a_failed_record(error: Exception, verdict: Verdict) -> 
     assert judge(error) is verdict
 
 
-def test_a_pickled_tracker_is_its_address(uri: str) -> None:
-    copy = pickle.loads(pickle.dumps(Tracker(uri, "test")))
-    assert (copy.uri, copy.experiment) == (uri, "test")
+def test_a_pickled_tracker_is_the_same_one_in_its_process(uri: str) -> None:
+    tracker = Tracker(uri, "test")
+    state = pickle.dumps(tracker)
+    assert pickle.loads(state) is tracker
+    tracker.close()
+    later = pickle.loads(state)
+    assert later is not tracker
+    assert (later.uri, later.experiment) == (uri, "test")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ _trackers: "WeakValueDictionary[tuple[str, str], Tracker]" = WeakValueDictionary
 
 
 def shared(uri: str, experiment: str) -> "Tracker":
-    """This process's open tracker of that address and experiment, else a new one."""
+    """The process's open tracker of that address and experiment, else a new one."""
     return _trackers.get((uri, experiment)) or Tracker(uri, experiment)
 
 
@@ -89,7 +89,7 @@ class Tracker:
         _trackers[self.uri, experiment] = self
 
     def __reduce__(self) -> tuple[Callable[[str, str], "Tracker"], tuple[str, str]]:
-        """Ray Tune pickles callbacks with a search's state: in a process that has this tracker, it is this one again."""
+        """Ray Tune pickles callbacks with a search's state: a process that has this tracker gets it again."""
         return shared, (self.uri, self.experiment)
 
     def start_run(self, record: RunRecord, parent: TrackedRun | None = None) -> TrackedRun:
