@@ -14,6 +14,7 @@ from pipeline.config import PolicyConfig, SplitConfig
 
 CARD_FILE = "dataset.json"
 QUARANTINE_FILE = "quarantine.parquet"
+SplitName = Literal["train", "val", "test", "unlabelled"]
 SHARD_FOLDER = "shards"
 
 
@@ -22,7 +23,7 @@ class Shard(Config):
 
     path: str
     """Relative to the data set, with `/`."""
-    split: Literal["train", "val", "test", "unlabelled"]
+    split: SplitName
     rows: int
     row_start: int
     """Value of the `row` column in the first row; the others follow densely."""
@@ -67,7 +68,7 @@ class DatasetCard(Config):
     split: SplitConfig
     strata: tuple[str, ...] = ()
     """Optional patient columns that the shards carry."""
-    counts: dict[str, SplitCounts]
+    counts: dict[SplitName, SplitCounts]
     raw_labels: dict[str, RawCounts]
     quarantined: dict[str, int]
     """Reason -> entries of quarantine.parquet."""

@@ -1,7 +1,8 @@
 """One row an image: what every source yields, what policy and split make of it, and the checks on it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,12 @@ class SourceTable:
     """What the labels came from: file name or parameter -> sha256 in hexadecimal or value."""
     quarantine: pa.Table = field(default_factory=QUARANTINE_SCHEMA.empty_table)
     """Entries that never became rows: `source`, `reason`, `detail` (a table row without image, say)."""
+    default_findings: tuple[str, ...] = ()
+    """What is kept where the configuration names no findings; empty means all."""
+
+    def with_table(self, table: pa.Table) -> "SourceTable":
+        """The same source with another table."""
+        return replace(self, table=table)
 
 
 def source_schema(num_findings: int, strata: Sequence[str] = ()) -> pa.Schema:
@@ -56,20 +63,20 @@ def schema(num_findings: int, strata: Sequence[str] = ()) -> pa.Schema:
     return pa.schema(fields + [pa.field(name, pa.string()) for name in strata])
 
 
-def matrix(column: pa.ChunkedArray) -> NDArray[np.generic]:
+def matrix(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """A fixed-size list column as an array [N, K]; int8 and bool keep their type."""
     width = column.type.list_size
     flat = pc.list_flatten(column)
     return np.asarray(flat.to_numpy(), dtype=column.type.value_type.to_pandas_dtype()).reshape(len(column), width)
 
 
-def list_column(values: NDArray[np.generic]) -> pa.FixedSizeListArray:
+def list_column(values: NDArray[Any]) -> pa.FixedSizeListArray:
     """An array [N, K] of int8 or bool as a fixed-size list column."""
     flat = pa.array(np.ascontiguousarray(values).reshape(-1))
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def source_table(columns: dict[str, Sequence[str | None]], labels: NDArray[np.int8]) -> pa.Table:
+def source_table(columns: Mapping[str, Sequence[str | None]], labels: NDArray[np.int8]) -> pa.Table:
     """Builds a source table from text columns (those of `source_schema`, strata optional) and labels [N, K].
 
     `study_id` and `view` may be left out or hold None (stored as ""), `split` may be left out (stored as null).

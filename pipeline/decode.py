@@ -1,0 +1,121 @@
+"""JPEG, PNG or DICOM bytes -> one grey uint8 square: the only decoder of files in the project.
+
+Only pixels leave this module: no tag, name or date of a file does, and no reason for a refusal quotes one.
+"""
+
+import io
+import struct
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline.dicom import DicomError, read_dicom
+from pipeline.geometry import MAX_PIXELS, Fit, square
+
+Reason = Literal["missing", "denied", "empty", "unsupported", "unreadable", "too_large", "blank"]
+GREY_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+DEPTHS = (8, 10, 12, 14, 16)
+
+cv2.setNumThreads(0)  # a Ray task owns one core; OpenCV would take all of them
+
+__all__ = ["MAX_PIXELS", "DecodeError", "Fit", "Reason", "decode"]
+
+
+class DecodeError(ValueError):
+    """One image cannot be used: `reason` is a code for counting, `detail` a few words for a person."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason: Reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def decode(data: bytes, name: str, size: int, fit: Fit) -> NDArray[np.uint8]:
+    """Decodes one image to grey uint8 [size, size].
+
+    The kind of file is told by its first bytes, never by `name`. PNG and JPEG of 8 or 16 bits, grey, colour, palette
+    or with alpha (over black), turned as EXIF says; DICOM with one frame, inverted where MONOCHROME1, through rescale
+    and VOI LUT or window. 16-bit values are scaled by the smallest of 8, 10, 12, 14, 16 bits that holds the largest.
+    The square is made by `fit`, then resized (by area when it shrinks, else linearly).
+
+    Args:
+        data: content of the file.
+        name: file name, for nothing but the message on an unknown kind of file.
+        size: side of the result in pixels.
+        fit: `crop` cuts the longer side centrally, `pad` adds black to the shorter.
+
+    Raises:
+        DecodeError: with a reason from `Reason`.
+    """
+    if not data:
+        raise DecodeError("empty", "the file has no content")
+    if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+        grey, peak = _picture(data)
+    elif data[128:132] == b"DICM":
+        try:
+            grey, peak = read_dicom(data)
+        except DicomError as fault:
+            raise DecodeError(fault.reason, fault.detail) from None
+    else:
+        suffix = name.rpartition(".")[2][:8] if "." in name else "no suffix"
+        raise DecodeError("unsupported", f"neither PNG nor JPEG nor DICOM by its first bytes ({suffix})")
+    if grey.min() == grey.max():
+        raise DecodeError("blank", "every pixel has the same value")
+    pixels = square(grey, size, fit)
+    if pixels.dtype == np.uint8:
+        return np.asarray(pixels, dtype=np.uint8)
+    scaled = pixels.astype(np.float32) * np.float32(255.0 / peak)
+    return np.asarray(np.rint(np.clip(scaled, 0.0, 255.0)), dtype=np.uint8)
+
+
+def _picture(data: bytes) -> tuple[NDArray[Any], float]:
+    """PNG or JPEG as grey uint8 or uint16 [H, W], and the value of white."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            _refuse(image)
+            image.load()
+            turned = ImageOps.exif_transpose(image)
+            return _grey(turned)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DecodeError("too_large", f"more than {MAX_PIXELS} pixels") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, TypeError, OverflowError) as error:
+        if isinstance(error, DecodeError):
+            raise
+        raise DecodeError("unreadable", _one_line(error)) from None
+
+
+def _refuse(image: Image.Image) -> None:
+    """Looks at the header before any pixel is decoded."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DecodeError("too_large", f"{width} x {height} pixels; the limit is {MAX_PIXELS}")
+    if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+        raise DecodeError("unsupported", "an animated PNG")
+
+
+def _grey(image: Image.Image) -> tuple[NDArray[Any], float]:
+    """Grey values of any mode that PNG and JPEG files have."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.uint16)
+        largest = int(values.max())
+        bits = next(depth for depth in DEPTHS if largest < 2**depth)
+        return values, float(2**bits - 1)
+    if image.mode not in GREY_MODES:
+        raise DecodeError("unsupported", f"colour mode {image.mode}")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        black = Image.new("RGBA", coloured.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, coloured).convert("RGB")
+    return np.asarray(image.convert("L")), 255.0
+
+
+def _one_line(error: Exception) -> str:
+    """The decoder's complaint, short."""
+    text = " ".join(str(error).split())
+    return (text or type(error).__name__)[:160]

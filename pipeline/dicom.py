@@ -1,0 +1,143 @@
+"""DICOM -> grey values as a viewer would show them; no other tag is read, and none leaves this module."""
+
+import io
+from typing import Any, Literal
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+from pydicom.uid import UID
+
+from pipeline.geometry import MAX_PIXELS
+
+LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as for PNG and JPEG
+MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
+COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
+
+
+class DicomError(ValueError):
+    """Why a DICOM object gives no picture; quotes no value that could name a patient."""
+
+    def __init__(self, reason: Literal["unsupported", "unreadable", "too_large"], detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason: Literal["unsupported", "unreadable", "too_large"] = reason
+        self.detail = detail
+
+
+def read_dicom(data: bytes) -> tuple[NDArray[Any], float]:
+    """Grey [H, W] and the value of white: uint8 and 255 where the file holds it so, else float32 in [0, 1] and 1.
+
+    MONOCHROME1 is inverted. The order is PS3.3 C.11: modality LUT or rescale, then VOI LUT or the first window
+    (LINEAR, LINEAR_EXACT, SIGMOID). Without either, 8-bit values stay as they are and deeper ones are stretched
+    between their extremes. Pixel padding becomes black.
+
+    Raises:
+        DicomError: no pixels, several frames, an unknown photometric interpretation or transfer syntax, damage.
+    """
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        photometric = _refuse(dataset)
+        stored = pixel_array(dataset)
+        if photometric in COLOUR:
+            return _colour(dataset, photometric, stored), 1.0
+        return _monochrome(dataset, photometric, stored)
+    except (DicomError, MemoryError):
+        raise
+    except (NotImplementedError, RuntimeError) as error:  # pydicom's own words for "no plugin" and "plugin failed"
+        raise DicomError(*_undecoded(data, error)) from None
+    except Exception as error:  # a damaged file can fail anywhere in a parser of nested, typed elements
+        raise DicomError("unreadable", f"damaged DICOM ({type(error).__name__})") from None
+
+
+def _refuse(dataset: Dataset) -> str:
+    """Looks at the header before any pixel is decoded; returns the photometric interpretation."""
+    if "PixelData" not in dataset:
+        kind = UID(str(dataset.get("SOPClassUID", ""))).name or "unknown class"
+        raise DicomError("unsupported", f"not an image with pixels ({kind})")
+    if int(dataset.get("NumberOfFrames") or 1) != 1:
+        raise DicomError("unsupported", f"{int(dataset.NumberOfFrames)} frames; one is expected")
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    if rows * columns > MAX_PIXELS:
+        raise DicomError("too_large", f"{columns} x {rows} pixels; the limit is {MAX_PIXELS}")
+    photometric = str(dataset.PhotometricInterpretation)
+    if photometric not in MONOCHROME + COLOUR:
+        raise DicomError("unsupported", "its photometric interpretation is neither grey nor RGB, YBR or palette")
+    return photometric
+
+
+def _monochrome(dataset: Dataset, photometric: str, stored: NDArray[Any]) -> tuple[NDArray[Any], float]:
+    """The grey pipeline of the standard."""
+    padding = _padding(dataset, stored)
+    values = np.asarray(apply_modality_lut(stored, dataset))
+    if "VOILUTSequence" in dataset:
+        bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
+        mapped = apply_voi(np.rint(values).astype(np.int32), dataset, 0)
+        shown = np.asarray(mapped, dtype=np.float32) / np.float32(2**bits - 1)
+    elif dataset.get("WindowCenter") not in (None, "") and dataset.get("WindowWidth") not in (None, ""):
+        shown = _window(dataset, values.astype(np.float32))
+    elif values.dtype == np.uint8 and int(dataset.BitsStored) == 8:
+        plain = 255 - values if photometric == "MONOCHROME1" else values
+        return np.where(padding, np.uint8(0), plain), 255.0
+    else:
+        shown = _stretch(values.astype(np.float32), padding)
+    if photometric == "MONOCHROME1":
+        shown = 1.0 - shown
+    shown[padding] = 0.0
+    return np.clip(shown, 0.0, 1.0), 1.0
+
+
+def _window(dataset: Dataset, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values through the first window, in [0, 1] (PS3.3 C.11.2.1.2)."""
+    center, width = _first(dataset.WindowCenter), _first(dataset.WindowWidth)
+    function = str(dataset.get("VOILUTFunction") or "LINEAR")
+    if width <= 0 or (function == "LINEAR" and width < 1):
+        raise DicomError("unsupported", f"a window of width {width:g}")
+    if function == "SIGMOID":
+        exponent = np.clip(-4.0 * (values - center) / width, -80.0, 80.0)
+        return np.asarray(1.0 / (1.0 + np.exp(exponent)), dtype=np.float32)
+    if function == "LINEAR_EXACT":
+        return np.asarray(np.clip((values - center) / width + 0.5, 0.0, 1.0), dtype=np.float32)
+    if width == 1:
+        return np.asarray(values > center - 0.5, dtype=np.float32)
+    return np.asarray(np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0), dtype=np.float32)
+
+
+def _stretch(values: NDArray[np.float32], padding: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The range of the true pixels to [0, 1]: what is left where a file names no window."""
+    inside = values[~padding] if padding.any() and not padding.all() else values
+    low, high = float(inside.min()), float(inside.max())
+    return np.asarray((values - low) / max(high - low, 1e-6), dtype=np.float32)
+
+
+def _padding(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where the file marks pixels as outside of the picture."""
+    if "PixelPaddingValue" not in dataset:
+        return np.zeros(stored.shape, dtype=np.bool_)
+    first = int(dataset.PixelPaddingValue)
+    last = int(dataset.get("PixelPaddingRangeLimit", first))
+    return (stored >= min(first, last)) & (stored <= max(first, last))
+
+
+def _colour(dataset: Dataset, photometric: str, stored: NDArray[Any]) -> NDArray[np.float32]:
+    """Luma of an RGB picture in [0, 1]; pydicom has already turned YBR into RGB."""
+    if photometric == "PALETTE COLOR":
+        stored = np.asarray(apply_color_lut(stored, dataset))
+    if stored.ndim != 3 or stored.shape[2] != 3:
+        raise DicomError("unreadable", "a colour image without three samples a pixel")
+    bits = 8 * stored.dtype.itemsize
+    return np.asarray(stored[..., :3].astype(np.float32) @ LUMA / np.float32(2**bits - 1), dtype=np.float32)
+
+
+def _first(value: Any) -> float:
+    """The first of one or several values."""
+    return float(value[0] if isinstance(value, list | tuple | pydicom.multival.MultiValue) else value)
+
+
+def _undecoded(data: bytes, error: Exception) -> tuple[Literal["unsupported", "unreadable"], str]:
+    """Tells a missing decoder from damaged pixels, and names the transfer syntax."""
+    syntax = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).file_meta.TransferSyntaxUID
+    if isinstance(error, NotImplementedError) or "missing dependencies" in str(error):
+        return "unsupported", f"no decoder is installed for {syntax.name}"
+    return "unreadable", f"pixels cannot be decoded ({syntax.name})"

@@ -1,0 +1,87 @@
+"""Train, val and test by patient: a salted hash, or the collection's own lists with `val` carved from its training."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from mpc.errors import UserError
+from pipeline.config import SplitConfig
+from pipeline.manifest import SPLITS, UNLABELLED, check_patients, matrix
+
+
+def assign(table: pa.Table, split: SplitConfig) -> pa.Table:
+    """Fills the `split` column; every patient lies in one split, whatever the order of the rows.
+
+    `official` keeps the source's own values; where those have no `val`, the share `split.val` of the training patients
+    becomes it. A source without lists, and `hash`, splits all patients by hash.
+
+    Raises:
+        UserError: some rows without official split, a patient in two splits, or an empty split.
+    """
+    official = table["split"]
+    if split.by == "hash" or official.null_count == len(official):
+        assigned = _by_hash(table["patient_id"], split)
+    else:
+        assigned = _official(table, split)
+    position = table.schema.get_field_index("split")
+    table = table.set_column(position, pa.field("split", pa.string(), nullable=False), assigned)
+    check_patients(table)
+    require_all(table["split"], split)
+    return table
+
+
+def set_apart(table: pa.Table) -> pa.Table:
+    """Moves training rows without a known positive to the split `unlabelled`: they carry nothing to train on."""
+    positive = (matrix(table["labels"]).astype(bool) & matrix(table["known"]).astype(bool)).any(axis=1)
+    bare = pc.and_(pc.equal(table["split"], "train"), pa.array(~positive))
+    position = table.schema.get_field_index("split")
+    return table.set_column(position, table.schema.field(position), pc.if_else(bare, UNLABELLED, table["split"]))
+
+
+def require_all(splits: pa.ChunkedArray, split: SplitConfig) -> None:
+    """Raises UserError where train, val or test has no image."""
+    present = set(pc.unique(splits).to_pylist())
+    empty = [name for name in SPLITS if name not in present]
+    if empty:
+        raise UserError(
+            f"split {empty[0]!r} is empty ({len(splits)} images; split.by={split.by}, val={split.val}, "
+            f"test={split.test}); raise its share, use another split.salt or more patients with a finding"
+        )
+
+
+def unit_hash(salt: str, key: str) -> float:
+    """A number in [0, 1) that depends on nothing but salt and key."""
+    digest = hashlib.blake2b(f"{salt}:{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64
+
+
+def _by_hash(patients: pa.ChunkedArray, split: SplitConfig) -> pa.Array:
+    """Test below `test`, val in the next `val`, train above, by the patient's hash."""
+    draw = _patient_hash(patients, split.salt)
+    edges = [split.test, split.test + split.val]
+    return pa.array(np.array(["test", "val", "train"])[np.digitize(draw, edges)], pa.string())
+
+
+def _official(table: pa.Table, split: SplitConfig) -> pa.ChunkedArray:
+    """The source's own split, completed by a `val` where it has none."""
+    official = table["split"]
+    if official.null_count:
+        first = table["image_id"].filter(pc.is_null(official))[0].as_py()
+        raise UserError(
+            f"{official.null_count} of {len(official)} images are in no official list, first {first!r}; "
+            f"complete the lists or set split.by=hash"
+        )
+    if pc.any(pc.equal(official, "val")).as_py():
+        return official
+    carved = pa.array(_patient_hash(table["patient_id"], split.salt) < split.val)
+    return pc.if_else(pc.and_(pc.equal(official, "train"), carved), "val", official)
+
+
+def _patient_hash(patients: pa.ChunkedArray, salt: str) -> NDArray[np.float64]:
+    """One draw a patient, spread over his images: [N] in [0, 1)."""
+    encoded = patients.combine_chunks().dictionary_encode()
+    draws = np.array([unit_hash(salt, patient) for patient in encoded.dictionary.to_pylist()])
+    return np.asarray(draws[encoded.indices.to_numpy()], dtype=np.float64)
