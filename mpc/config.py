@@ -3,7 +3,7 @@
 Sources: "3.1" is the table of choices in docs/method.md. Fractions of a side refer to the image's height and width.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -32,6 +32,29 @@ class PixelSpec(Config):
     """Mean of grey ImageNet, in units of the full range: what the network subtracts."""
     std: Positive = 0.226
     """Standard deviation of grey ImageNet, in units of the full range: what the network divides by."""
+
+
+class CheckpointInfo(Config):
+    """`checkpoint.json`: all that the weights of a checkpoint need beside them to be continued, scored and served."""
+
+    schema_version: Literal[1] = 1
+    config: dict[str, Any]
+    """The resolved configuration of the run."""
+    findings: tuple[str, ...]
+    """Names of the outputs, in order."""
+    image_size: Annotated[int, Field(ge=1)]
+    """Side in pixels of the square images that the network was trained on."""
+    pixels: PixelSpec
+    step: Annotated[int, Field(ge=0)]
+    epoch: NonNegative
+    """Epochs done, with fractions."""
+    metrics: dict[str, int | float]
+    thresholds: dict[str, float] = {}
+    """Probability from which a finding counts as present, where validation could choose one."""
+    data_digest: str
+    """Identity of the data set."""
+    git_commit: str | None
+    versions: dict[str, str]
 
 
 class PerturbConfig(Config):
