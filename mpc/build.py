@@ -44,6 +44,11 @@ def build_sup_loss(config: MethodConfig) -> SupLoss:
     return losses.assume_negative
 
 
+def build_method(name: str, config: MethodConfig, model: Classifier, teacher: Classifier | None = None) -> Method:
+    """The method called `name`: `mpc`, or a baseline."""
+    return build_mpc(config, model, teacher)
+
+
 def build_mpc(config: MethodConfig, model: Classifier, teacher: Classifier | None = None) -> Method:
     """MPC with the switches of `config`, for `model`; `teacher` is the evaluation average, used if so configured."""
     loss, pseudo, btc = config.loss, config.pseudo, config.btc

@@ -67,7 +67,9 @@ def matrix(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """A fixed-size list column as an array [N, K]; int8 and bool keep their type."""
     width = column.type.list_size
     flat = pc.list_flatten(column)
-    return np.asarray(flat.to_numpy(), dtype=column.type.value_type.to_pandas_dtype()).reshape(len(column), width)
+    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype=column.type.value_type.to_pandas_dtype()).reshape(
+        len(column), width
+    )
 
 
 def list_column(values: NDArray[Any]) -> pa.FixedSizeListArray:

@@ -2,6 +2,8 @@
 
 import os
 
+import pipeline as pipeline  # its environment, before anything imports ray
+
 # MLflow reads these when it is imported or called. Short: an absent server may not hold a run up.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -1,0 +1,21 @@
+"""What Ray, albumentations and MLflow read from the environment on import: set here, before any of them is imported.
+
+Importing any module of `pipeline` or `tuning` runs this first.
+"""
+
+import os
+
+# each is a fact measured on Ray 2.60
+ENVIRONMENT = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run` packs the repository for every worker
+    "NO_ALBUMENTATIONS_UPDATE": "1",  # else albumentations asks the network for a newer version on import
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "120",  # a starved pipeline is an error after 2 min, not 30
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else worker prints appear twice
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU keep seeing CUDA_VISIBLE_DEVICES
+    "RAY_TQDM_PATCH_PRINT": "0",
+    "PYTHONWARNINGS": "ignore::FutureWarning",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)

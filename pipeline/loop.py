@@ -1,0 +1,326 @@
+"""The training loop of one rank: the same for a worker of Ray Train and for a trial of Ray Tune.
+
+Every random draw is a function of (seed, step, rank) or (seed, epoch, row), so that a checkpoint needs no random state
+and a continued run equals an uninterrupted one bit for bit (CPU, float32, same thread count).
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from hashlib import blake2b
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mpc import checkpoint as checkpoints
+from mpc.build import build_method, build_model
+from mpc.config import CheckpointInfo
+from mpc.errors import UserError
+from mpc.method import Batch, Method, Progress, StepOutput
+from mpc.model import Classifier, Ema, read_tensors
+from pipeline import storage
+from pipeline.card import DatasetCard
+from pipeline.config import RunConfig
+from pipeline.meter import Meter
+from pipeline.plan import make_plan
+from pipeline.scoring import Scored, score_rows, validation_metrics
+from pipeline.stream import Arrays, TrainingData, batches
+from pipeline.versions import git_commit, versions
+
+Metrics = dict[str, Any]
+
+
+class Host(Protocol):
+    """Who runs the loop: a Ray Train worker, a Ray Tune trial, or a plain process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def last_checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The folder to continue from, if there is one."""
+        ...
+
+    def report(self, metrics: Metrics, checkpoint: Path) -> None:
+        """Takes over a checkpoint (written on rank 0, empty elsewhere) with its metrics; all ranks call it together."""
+        ...
+
+    def log(self, line: Metrics) -> None:
+        """Shows a line of progress inside an epoch (rank 0)."""
+        ...
+
+
+class DivergedError(UserError):
+    """The loss left the real numbers."""
+
+
+class _Step(nn.Module):
+    """Model and method as one module, so that DDP sees every parameter of a step."""
+
+    def __init__(self, model: Classifier, method: Method) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, batch: Batch, progress: Progress) -> tuple[Tensor, StepOutput]:
+        output = self.method.step(self.model, batch, progress)
+        return output.loss, output
+
+
+class Loop:
+    """Trains one run on one rank.
+
+    Args:
+        run: the resolved configuration.
+        data: URI of the prepared data set.
+        card: its dataset card.
+        host: who runs it.
+    """
+
+    def __init__(self, run: RunConfig, data: str, card: DatasetCard, host: Host) -> None:
+        torch.set_num_threads(run.train.threads)
+        torch.manual_seed(run.train.seed)
+        self.run, self.data, self.card, self.host = run, data, card, host
+        self.plan = make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size, window=run.data.window)
+        self.total_steps = run.train.epochs * self.plan.steps_per_epoch
+        self.model = make_model(run, card).to(host.device)
+        self.ema = Ema(self.model, run.optim.ema)
+        self.method = build_method(run.train.method, run, self.model, self.ema.module)
+        self.method.setup(self.plan.num_rows, len(card.findings))
+        if isinstance(self.method, nn.Module):
+            self.method.to(host.device)
+        step_module = _Step(self.model, self.method)
+        self.step_module = DistributedDataParallel(step_module) if host.world_size > 1 else step_module
+        self.optimizer = make_optimizer(run, self.method.param_groups(self.model, run.optim.lr))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.scaler = torch.amp.GradScaler(host.device.type, enabled=run.train.amp == "fp16")
+        self.meter = Meter(host.device)
+        self.step = 0
+
+    def _rate(self, step: int) -> float:
+        """Learning rate relative to its peak: linear warm-up, then a cosine to zero."""
+        warmup = round(self.run.optim.warmup * self.total_steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
+
+    def fit(self) -> Metrics:
+        """Trains to the end, from the host's last checkpoint if it has one; the metrics of the last epoch."""
+        with self.host.last_checkpoint() as folder:
+            metrics = self.restore(folder) if folder else {}
+        started, waited, logged = time.perf_counter(), 0.0, self.step
+        for batch in self._batches():
+            waited += batch.waited
+            self.train_step(batch.batch)
+            ended = self.step % self.plan.steps_per_epoch == 0
+            if self.step % self.run.train.log_every == 0 and not ended:
+                self._show(started, waited, logged)
+            if ended:
+                metrics = self.end_epoch(time.perf_counter() - started, waited, self.step - logged)
+                started, waited, logged = time.perf_counter(), 0.0, self.step
+            elif self.run.train.checkpoint_every and self.step % self.run.train.checkpoint_every == 0:
+                self._report({"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}, {})
+        return metrics
+
+    def _batches(self) -> Iterator["Timed"]:
+        """Batches from the running step on, on the device, each with the seconds that it was waited for."""
+        run = self.run
+        data = TrainingData(
+            self.data,
+            self.card,
+            run.views,
+            strong=self.method.needs_strong,
+            seed=run.train.seed,
+            draw_seed=run.data.draw_seed,
+            tasks=run.data.tasks,
+            task_cpus=run.data.task_cpus,
+        )
+        host = self.host
+        stream = batches(data, self.plan, host.rank, host.world_size, self.step, self.total_steps)
+        asked = time.perf_counter()
+        for arrays in stream:
+            yield Timed(to_device(arrays, host.device), time.perf_counter() - asked)
+            asked = time.perf_counter()
+
+    def train_step(self, batch: Batch) -> None:
+        """Forward, backward, clip, optimiser, schedule, average."""
+        seed = f"{self.run.train.seed}:{self.step}:{self.host.rank}"
+        torch.manual_seed(int.from_bytes(blake2b(seed.encode(), digest_size=7).digest(), "big"))
+        self.model.train()
+        progress = Progress(self.step, self.plan.steps_per_epoch, self.run.train.epochs)
+        loss, output = self.step_module(batch, progress)
+        self._refuse_nan(loss, batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, self.run.optim.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.step += 1
+        self.ema.update(self.model, step=self.step)
+        self.meter.add(output)
+
+    def _refuse_nan(self, loss: Tensor, batch: Batch) -> None:
+        """Stops at a loss that is not finite. On a GPU only steps that log look, because looking synchronises."""
+        if loss.device.type != "cpu" and self.step % self.run.train.log_every:
+            return
+        if not torch.isfinite(loss):
+            rate, rows = self.schedule.get_last_lr()[0], batch.row[:8].tolist()
+            raise DivergedError(
+                f"the loss is {loss.item()} at step {self.step}, learning rate {rate:.3g}, rows {rows} ...; "
+                f"lower optim.lr or look at these images"
+            )
+
+    def end_epoch(self, seconds: float, waited: float, steps: int) -> Metrics:
+        """Validation with the averaged weights, then a checkpoint with all metrics of the epoch."""
+        self.method.on_epoch_end(self._score_training_rows)
+        scored = self._score("val")
+        values, thresholds = validation_metrics(scored, self.card.findings, self.run.data) if scored else ({}, {})
+        metrics: Metrics = {
+            "epoch": self.step // self.plan.steps_per_epoch,
+            "step": self.step,
+            "lr": self.schedule.get_last_lr()[0],
+            **self.meter.metrics(),
+            **values,
+            "images_per_s": steps * self.run.train.batch_size / seconds,
+            "data_wait_share": waited / seconds,
+            "seconds": seconds,
+        }
+        self.meter = Meter(self.host.device)
+        self._report(self._from_rank_zero(metrics), thresholds)
+        return metrics
+
+    def _from_rank_zero(self, metrics: Metrics) -> Metrics:
+        if self.host.world_size == 1:
+            return metrics
+        held = [metrics]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def _score(self, split: str) -> Scored | None:
+        """Scores of a split on rank 0, gathered by row; None on other ranks."""
+        if self.host.world_size > 1:
+            for buffer in self.ema.module.buffers():
+                dist.broadcast(buffer, src=0)
+        host, size = self.host, self.run.train.eval_batch_size
+        own = score_rows(self.ema.module, self.data, self.card, split, size, host.device, host.rank, host.world_size)
+        return own.gathered(self.card.rows(split))
+
+    def _score_training_rows(self) -> Tensor:
+        assert self.host.world_size == 1, "methods that relabel between epochs run on one worker"
+        scored = self._score("train")
+        assert scored is not None
+        return torch.from_numpy(scored.logits)
+
+    def _show(self, started: float, waited: float, since: int) -> None:
+        metrics = self.meter.metrics()  # every rank takes part in the reduction, rank 0 alone shows it
+        seconds = time.perf_counter() - started
+        rate = (self.step - since) / seconds
+        line = {
+            "step": self.step,
+            "steps": self.total_steps,
+            **{name: value for name, value in metrics.items() if name.startswith("loss")},
+            "images_per_s": rate * self.run.train.batch_size,
+            "data_wait_share": waited / seconds,
+            "eta_s": (self.total_steps - self.step) / rate,
+        }
+        if self.host.rank == 0:
+            self.host.log(line)
+
+    def _report(self, metrics: Metrics, thresholds: dict[str, float]) -> None:
+        with TemporaryDirectory(prefix="mpc-cxr-") as folder:
+            path = Path(folder) / f"step-{self.step:08d}"
+            if self.host.rank == 0:
+                self.save(path, metrics, thresholds)
+            self.host.report(metrics, path)
+
+    def save(self, folder: Path, metrics: Metrics, thresholds: dict[str, float]) -> None:
+        """Writes a checkpoint that continues, evaluates and registers."""
+        state = {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "method": self.method.state_dict(),
+            "meter": self.meter.state_dict(),
+        }
+        info = CheckpointInfo(
+            config=self.run.model_dump(mode="json"),
+            findings=self.card.findings,
+            image_size=self.card.image_size,
+            pixels=self.card.pixels,
+            step=self.step,
+            epoch=self.step / self.plan.steps_per_epoch,
+            metrics={k: v for k, v in metrics.items() if isinstance(v, int | float)},
+            thresholds=thresholds,
+            data_digest=self.card.digest,
+            git_commit=git_commit(),
+            versions=versions(),
+        )
+        checkpoints.save(folder, self.model, self.ema.module.state_dict(), state, info)
+
+    def restore(self, folder: Path) -> Metrics:
+        """Continues from a checkpoint of the same run and data; its metrics.
+
+        Raises:
+            UserError: the data set has changed since.
+        """
+        info = checkpoints.read_info(folder)
+        if info.data_digest != self.card.digest:
+            raise UserError(
+                f"{self.data}: digest {self.card.digest[:12]} differs from {info.data_digest[:12]} of the checkpoint; "
+                f"continue on the data that the run began with"
+            )
+        self.model.load_state_dict(checkpoints.load_weights(folder, "model"))
+        self.ema.module.load_state_dict(checkpoints.load_weights(folder, "ema"))
+        state = checkpoints.load_training_state(folder)
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.method.load_state_dict(state["method"])
+        self.meter.load_state_dict(state["meter"])
+        return dict(info.metrics)
+
+
+class Timed:
+    """A batch on the device, and how long it was waited for."""
+
+    __slots__ = ("batch", "waited")
+
+    def __init__(self, batch: Batch, waited: float) -> None:
+        self.batch, self.waited = batch, waited
+
+
+def to_device(arrays: Arrays, device: torch.device) -> Batch:
+    """NumPy arrays as tensors on the device; pinned and asynchronous where it is a GPU."""
+
+    def move(array: np.ndarray[Any, Any]) -> Tensor:
+        tensor = torch.from_numpy(np.array(array))  # a copy: Ray's arrays are read-only views of shared memory
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return Batch._make(None if array is None else move(array) for array in arrays)
+
+
+def make_model(run: RunConfig, card: DatasetCard) -> Classifier:
+    """The network of a run, with its pretrained weights where `model.weights` names a file."""
+    weights, tensors = run.model.weights, None
+    if weights not in ("none", "imagenet"):
+        tensors = read_tensors(storage.read_bytes(weights), weights)
+    return build_model(run, len(card.findings), card.pixels, tensors=tensors, amp=run.train.amp)
+
+
+def make_optimizer(run: RunConfig, groups: Any) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+    optim = run.optim
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)

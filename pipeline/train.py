@@ -1,0 +1,274 @@
+"""One training run as a Ray Train job: any number of workers, continued after a fault or with `resume`."""
+
+import json
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+import ray.train
+from pyarrow import fs
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer, get_device
+from ray.util.queue import Empty, Queue
+
+from mpc.errors import UserError
+from pipeline import runtime, storage
+from pipeline.card import DatasetCard, read_card
+from pipeline.config import RunConfig
+from pipeline.loop import Loop, Metrics
+from pipeline.record import MetricsLog
+
+log = logging.getLogger(__name__)
+
+RUN_FILE, STORAGE_NAME, BEST = "run.json", "train", "best"
+
+
+class Listener(Protocol):
+    """Someone who follows a run from the driver: a tracker, a progress display."""
+
+    def on_start(self, run: RunConfig, card: DatasetCard) -> None:
+        """Before the first step."""
+        ...
+
+    def on_log(self, line: Metrics) -> None:
+        """Every `train.log_every` steps: step, loss terms, images/s, share of data wait, seconds left."""
+        ...
+
+    def on_epoch(self, metrics: Metrics) -> None:
+        """After an epoch's checkpoint is stored."""
+        ...
+
+    def on_end(self, status: str, best_checkpoint: str | None) -> None:
+        """`FINISHED` or `FAILED`."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves."""
+
+    best_checkpoint: str
+    """URI of the checkpoint with the best validation metric."""
+    metrics: Metrics
+    """Metrics of the best checkpoint's epoch."""
+    history: list[Metrics]
+    """Metrics of every epoch, in order."""
+
+
+class TrainHost:
+    """A worker of Ray Train as host of the loop."""
+
+    def __init__(self, queue: Queue) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self.device = get_device()
+        self.queue = queue
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        """Downloads the checkpoint that Ray Train continues from."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def report(self, metrics: Metrics, checkpoint: Path) -> None:
+        """Uploads the checkpoint from rank 0; a barrier for all ranks."""
+        saved = Checkpoint.from_directory(checkpoint) if self.rank == 0 else None
+        ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=checkpoint.name)
+
+    def log(self, line: Metrics) -> None:
+        """Sends a line to the driver without waiting for it."""
+        self.queue.actor.put_nowait.remote(("log", line))
+
+
+class _Recorder(UserCallback):  # type: ignore[misc]
+    """Writes metrics.jsonl once an epoch's checkpoint is stored; runs beside Ray Train's controller."""
+
+    def __init__(self, out: str, queue: Queue) -> None:
+        self.log = MetricsLog(out)
+        self.queue = queue
+
+    def after_report(self, run_context: Any, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:
+        epoch = metrics[0]
+        if "val_macro_auroc" in epoch:  # checkpoints inside an epoch carry their position alone
+            self.log.add(epoch)
+            self.queue.actor.put_nowait.remote(("epoch", epoch))
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        rank, error = next(iter(sorted(worker_exceptions.items())))
+        self.queue.actor.put_nowait.remote(("fault", {"rank": rank, "error": repr(error)[:500]}))
+
+
+def train(
+    run: RunConfig, data: str, out: str, *, resume: bool = False, listeners: Sequence[Listener] = ()
+) -> TrainResult:
+    """Trains one run and leaves run.json, metrics.jsonl, checkpoints under train/ and the best one as best/.
+
+    Args:
+        run: the resolved configuration.
+        data: URI of a prepared data set.
+        out: folder or s3:// prefix of this run; its identity.
+        resume: continue what lies there, from the last checkpoint, with the same configuration.
+        listeners: who follows.
+
+    Raises:
+        UserError: settings, data or weights that do not fit; a run in `out` without `resume`; a loss that diverged.
+    """
+    data, out = storage.absolute(data), storage.absolute(out)
+    card = read_card(data)
+    claim(run, card, out, resume)
+    runtime.start()
+    preflight(run)
+    queue = Queue(actor_options={"num_cpus": 0})
+    for listener in listeners:
+        listener.on_start(run, card)
+    try:
+        with _following(queue, listeners):
+            result = _trainer(run, data, card, out, queue).fit()
+    except Exception as error:
+        for listener in listeners:
+            listener.on_end("FAILED", None)
+        raise _explained(error) from error
+    finally:
+        queue.shutdown(force=True)
+    best = _publish(run, result, out)
+    for listener in listeners:
+        listener.on_end("FINISHED", best)
+    history = MetricsLog(out).read()
+    key = f"val_{run.train.metric}"
+    return TrainResult(best, max(history, key=lambda line: line[key]), history)
+
+
+def claim(run: RunConfig, card: DatasetCard, out: str, resume: bool) -> None:
+    """Makes `out` the place of this run, or checks that it is.
+
+    Raises:
+        UserError: something lies there and `resume` is off, or another configuration or data set began there.
+    """
+    record: dict[str, Any] = {"config": run.model_dump(mode="json"), "data_digest": card.digest}
+    place = storage.join(out, RUN_FILE)
+    if not storage.exists(place):
+        if not resume and not storage.is_empty(out):
+            raise UserError(f"--out {out} is not empty; choose another folder, or continue a run with --resume")
+        storage.write_bytes(place, json.dumps(record, indent=2).encode())
+        return
+    if not resume:
+        raise UserError(f"--out {out} holds a run; continue it with --resume, or choose another folder")
+    begun = json.loads(storage.read_bytes(place))
+    if begun["data_digest"] != card.digest:
+        raise UserError(f"--out {out} was begun on another data set; give the same --data, or another --out")
+    changed = [key for key, value in record["config"].items() if begun["config"].get(key) != value]
+    if changed:
+        raise UserError(f"--out {out} was begun with another {changed[0]}; give the same settings, or another --out")
+
+
+def preflight(run: RunConfig) -> None:
+    """Refuses what Ray would wait for without end.
+
+    Raises:
+        UserError: workers and reading tasks together ask for more than the cluster has.
+    """
+    resources: dict[str, float] = ray.cluster_resources()
+    workers = run.train.num_workers * run.train.worker_cpus
+    reading = run.data.task_cpus
+    if workers + reading > resources.get("CPU", 0):
+        cpus = resources.get("CPU", 0)
+        raise UserError(
+            f"{run.train.num_workers} workers x {run.train.worker_cpus:g} CPU and {reading:g} CPU for reading exceed "
+            f"the cluster's {cpus:g} CPUs; lower train.num_workers, train.worker_cpus or data.task_cpus"
+        )
+    if run.train.use_gpu and run.train.num_workers > resources.get("GPU", 0):
+        raise UserError(
+            f"{run.train.num_workers} workers ask for a GPU each, the cluster has {resources.get('GPU', 0):g}; "
+            f"lower train.num_workers or set train.use_gpu=false"
+        )
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What every worker runs."""
+    host = TrainHost(config["queue"])
+    Loop(RunConfig.model_validate(config["run"]), config["data"], read_card(config["data"]), host).fit()
+
+
+def _trainer(run: RunConfig, data: str, card: DatasetCard, out: str, queue: Queue) -> TorchTrainer:
+    filesystem, path = storage.resolve(out)
+    resources: dict[str, float] = {"CPU": run.train.worker_cpus, **({"GPU": 1} if run.train.use_gpu else {})}
+    return TorchTrainer(
+        _work,
+        train_loop_config={"run": run.model_dump(mode="json"), "data": data, "queue": queue},
+        scaling_config=ScalingConfig(
+            num_workers=run.train.num_workers, use_gpu=run.train.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=STORAGE_NAME,
+            storage_path=path,
+            storage_filesystem=filesystem if storage.is_remote(out) else None,
+            failure_config=FailureConfig(max_failures=run.train.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=run.train.keep,
+                checkpoint_score_attribute=f"val_{run.train.metric}",
+                checkpoint_score_order="max",
+            ),
+            callbacks=[_Recorder(out, queue)],
+        ),
+    )
+
+
+@contextmanager
+def _following(queue: Queue, listeners: Sequence[Listener]) -> Iterator[None]:
+    """Hands the workers' lines to the listeners from a thread of the driver."""
+    done = threading.Event()
+
+    def follow() -> None:
+        while not (done.is_set() and queue.empty()):
+            try:
+                kind, line = queue.get(timeout=0.2)
+            except Empty:
+                continue
+            if kind == "fault":
+                log.warning("worker %s failed: %s; continuing from the last checkpoint", line["rank"], line["error"])
+                continue
+            for listener in listeners:
+                (listener.on_epoch if kind == "epoch" else listener.on_log)(line)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _explained(error: Exception) -> Exception:
+    """A worker's UserError out of the wrappers that Ray puts around it; anything else as it is."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes: list[Any] = [error, *failures.values()]
+    for cause in causes:
+        inner: BaseException | None = cause
+        while inner is not None:
+            if isinstance(inner, UserError):
+                return UserError(str(inner))
+            inner = getattr(inner, "cause", None) or inner.__cause__
+    return error
+
+
+def _publish(run: RunConfig, result: ray.train.Result, out: str) -> str:
+    """Copies the best checkpoint to best/, where later verbs find it under one name."""
+    key = f"val_{run.train.metric}"
+    scored = [(metrics[key], checkpoint) for checkpoint, metrics in result.best_checkpoints if key in metrics]
+    best = max(scored, key=lambda pair: pair[0])[1]
+    target = storage.join(out, BEST)
+    storage.delete(target)
+    filesystem, path = storage.resolve(target)
+    filesystem.create_dir(path, recursive=True)
+    fs.copy_files(best.path, path, source_filesystem=best.filesystem, destination_filesystem=filesystem)
+    return target
