@@ -1,4 +1,4 @@
-"""The rooms and their arrows, read from the source: infra -> tuning -> pipeline -> mpc, and no circle between modules."""
+"""The rooms and their arrows, read from the source: infra -> tuning -> pipeline -> mpc, no circle between modules."""
 
 import ast
 import sys
