@@ -5,16 +5,21 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+import pyarrow as pa
 from pydantic import ValidationError
 
 from mpc.config import Config, PixelSpec
 from mpc.errors import MissingError, UserError
 from pipeline import storage
 from pipeline.config import PolicyConfig, SplitConfig
+from pipeline.manifest import matrix
 
 CARD_FILE = "dataset.json"
 QUARANTINE_FILE = "quarantine.parquet"
 SplitName = Literal["train", "val", "test", "unlabelled"]
+SPLIT_ORDER: tuple[SplitName, ...] = ("train", "val", "test", "unlabelled")
+"""Order of the splits by `row`."""
 SHARD_FOLDER = "shards"
 
 
@@ -103,6 +108,26 @@ class DatasetCard(Config):
         """Values of the `row` column that belong to one split: always one dense range."""
         shards = self.shards_of(split)
         return range(shards[0].row_start, shards[-1].row_start + shards[-1].rows)
+
+
+def count(manifest: pa.Table, findings: Sequence[str]) -> dict[SplitName, SplitCounts]:
+    """Images, patients, positives and known labels of each split, in row order of the splits."""
+    splits = np.asarray(manifest["split"].to_pylist())
+    patients = np.asarray(manifest["patient_id"].to_pylist())
+    known = matrix(manifest["known"]).astype(bool)
+    positive = matrix(manifest["labels"]).astype(bool) & known
+    counts: dict[SplitName, SplitCounts] = {}
+    for name in SPLIT_ORDER:
+        inside = splits == name
+        if not inside.any():
+            continue
+        counts[name] = SplitCounts(
+            images=int(inside.sum()),
+            patients=len(np.unique(patients[inside])),
+            positives=dict(zip(findings, map(int, positive[inside].sum(axis=0)), strict=True)),
+            known=dict(zip(findings, map(int, known[inside].sum(axis=0)), strict=True)),
+        )
+    return counts
 
 
 def digest(findings: Sequence[str], shards: Sequence[Shard]) -> str:

@@ -22,8 +22,6 @@ from pipeline.pixels import load
 
 WORK_FOLDER = "_prepare"
 METADATA_KEY = b"mpc_cxr"
-ORDER: tuple[SplitName, ...] = ("train", "val", "test", "unlabelled")
-"""Order of the splits by `row`."""
 REMOTE_READS = 8
 """Images that are fetched at a time where the source is object storage: latency, not CPU, bounds that."""
 

@@ -23,17 +23,19 @@ from pipeline.card import (
     CARD_FILE,
     QUARANTINE_FILE,
     SHARD_FOLDER,
+    SPLIT_ORDER,
     DatasetCard,
     RawCounts,
     SplitCounts,
     SplitName,
+    count,
     digest,
     read_card,
     write_card,
 )
 from pipeline.config import PrepareConfig
 from pipeline.manifest import QUARANTINE_SCHEMA, SourceTable, check, matrix
-from pipeline.shard_file import ORDER, WORK_FOLDER, ShardJob, ShardRecord
+from pipeline.shard_file import WORK_FOLDER, ShardJob, ShardRecord
 from pipeline.sources import open_source
 
 Progress = Callable[[int, int], None]
@@ -112,29 +114,9 @@ def prepare(
     return _finish(config, found, out, plan, [records[job.path] for job in jobs])
 
 
-def count(manifest: pa.Table, findings: Sequence[str]) -> dict[SplitName, SplitCounts]:
-    """Images, patients, positives and known labels of each split, in row order of the splits."""
-    splits = np.asarray(manifest["split"].to_pylist())
-    patients = np.asarray(manifest["patient_id"].to_pylist())
-    known = matrix(manifest["known"]).astype(bool)
-    positive = matrix(manifest["labels"]).astype(bool) & known
-    counts: dict[SplitName, SplitCounts] = {}
-    for name in ORDER:
-        inside = splits == name
-        if not inside.any():
-            continue
-        counts[name] = SplitCounts(
-            images=int(inside.sum()),
-            patients=len(np.unique(patients[inside])),
-            positives=dict(zip(findings, map(int, positive[inside].sum(axis=0)), strict=True)),
-            known=dict(zip(findings, map(int, known[inside].sum(axis=0)), strict=True)),
-        )
-    return counts
-
-
 def _ordered(table: pa.Table) -> pa.Table:
     """Rows by split, then by a hash of the image id: no shard is sorted by patient or disease."""
-    rank = {name: position for position, name in enumerate(ORDER)}
+    rank = {name: position for position, name in enumerate(SPLIT_ORDER)}
     ranks = np.array([rank[name] for name in table["split"].to_pylist()])
     keys = [hashlib.blake2b(i.encode(), digest_size=8, person=b"order").digest() for i in table["image_id"].to_pylist()]
     return table.take(np.lexsort((np.array([int.from_bytes(key, "big") for key in keys], np.uint64), ranks)))
