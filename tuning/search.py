@@ -1,0 +1,319 @@
+"""A search on Ray Tune: trials, early stopping, resumption, and what a search leaves behind."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from pyarrow import fs
+from ray import tune
+from ray.tune import Callback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from mpc.errors import MissingError, UserError
+from pipeline import runtime, storage
+from pipeline.card import DatasetCard, read_card
+from pipeline.config import RunConfig
+from pipeline.record import MetricsLog
+from tuning.config import SearchConfig
+from tuning.space import Space
+from tuning.trial import run_trial
+
+TRIALS, STATE, SEARCH_FILE, BEST = "trials", "tune", "search.json", "best"
+
+
+class SearchListener(Protocol):
+    """Someone who follows a search from the driver."""
+
+    def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None:
+        """A trial begins, or goes on after a resume."""
+        ...
+
+    def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None:
+        """A trial finished an epoch."""
+        ...
+
+    def on_trial_end(self, trial_id: str, status: str) -> None:
+        """`finished`, `stopped` (early, by the scheduler) or `failed`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as search.json holds it."""
+
+    trial_id: str
+    status: str
+    """`finished`, `stopped`, `failed` or `unfinished`."""
+    params: dict[str, Any]
+    epochs: int
+    value: float | None
+    """Best value of the searched metric over its epochs."""
+    error: str | None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found."""
+
+    trials: list[Trial]
+    best: Trial
+    best_checkpoint: str
+    """URI of the best trial's best checkpoint."""
+
+
+_listeners: list[SearchListener] = []  # of this process's search: Tune pickles callbacks, displays are not picklable
+
+
+class _Follow(Callback):  # type: ignore[misc]
+    """Tells the listeners of this process what happens."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for listener in _listeners:
+            listener.on_trial_start(trial.trial_id, trial.config)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        for listener in _listeners:
+            listener.on_trial_epoch(trial.trial_id, result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        done = trial.last_result.get("epoch", 0) >= self.epochs
+        for listener in _listeners:
+            listener.on_trial_end(trial.trial_id, "finished" if done else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for listener in _listeners:
+            listener.on_trial_end(trial.trial_id, "failed")
+
+
+def search(
+    run: RunConfig,
+    config: SearchConfig,
+    space: Space,
+    data: str,
+    out: str,
+    *,
+    resume: bool = False,
+    listeners: Sequence[SearchListener] = (),
+    callbacks: Sequence[Callback] = (),
+) -> SearchResult:
+    """Searches `space` around `run`; leaves trials/, search.json and the best checkpoint as best/.
+
+    Args:
+        run: what every trial shares.
+        config: searcher, scheduler, budgets.
+        space: what varies.
+        data: URI of a prepared data set.
+        out: folder or s3:// prefix of this search; its identity.
+        resume: continue what lies there; finished trials are not run again. Tune's own state is a pickle: resume only
+            from storage that you trust as you trust code.
+        listeners: who follows, from this process.
+        callbacks: Tune callbacks, such as the one that logs to MLflow; they must pickle.
+
+    Raises:
+        UserError: settings that do not fit the cluster or the data; nothing to resume; no trial that ended well.
+    """
+    data, out = storage.absolute(data), storage.absolute(out)
+    card = read_card(data)
+    runtime.start(dashboard=run.train.num_workers > 1)
+    concurrent = concurrency(run, config, ray.cluster_resources())
+    _listeners[:] = listeners
+    trainable = tune.with_resources(
+        partial(run_trial, base=run.model_dump(mode="json"), data=data, out=storage.join(out, TRIALS)),
+        trial_resources(run),
+    )
+    tuner = _restored(trainable, space, out) if resume else None
+    if tuner is None:
+        tuner = _fresh(trainable, run, config, space, out, concurrent, callbacks)
+    try:
+        grid = tuner.fit()
+    finally:
+        _listeners.clear()
+    trials = [_trial(result, run, config, out) for result in grid]
+    best = _best(trials, config)
+    checkpoint = _publish(grid[trials.index(best)], config, out)
+    _prune(grid, trials, config)
+    _write(out, card, run, config, space, trials, best)
+    return SearchResult(trials, best, checkpoint)
+
+
+def trial_resources(run: RunConfig) -> dict[str, float]:
+    """What a trial asks of Ray: its worker's CPUs and GPU, or, with several workers, nothing but its driver."""
+    if run.train.num_workers > 1:
+        return {"CPU": 0.01}
+    return {"CPU": run.train.worker_cpus, **({"GPU": 1.0} if run.train.use_gpu else {})}
+
+
+def concurrency(run: RunConfig, config: SearchConfig, resources: dict[str, float]) -> int:
+    """Trials at a time, such that reading tasks always find a CPU: a search that takes every CPU would wait for ever.
+
+    Raises:
+        UserError: not even one trial fits beside `search.cpus_for_data`.
+    """
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    a_trial = run.train.num_workers * run.train.worker_cpus
+    fits = int((cpus - config.cpus_for_data) / a_trial + 1e-9)
+    if run.train.use_gpu:
+        fits = min(fits, int(gpus / run.train.num_workers))
+    if fits < 1:
+        raise UserError(
+            f"a trial needs {a_trial:g} CPUs{' and a GPU' if run.train.use_gpu else ''} beside "
+            f"{config.cpus_for_data:g} CPUs for data, the cluster has {cpus:g} CPUs and {gpus:g} GPUs; "
+            f"lower train.num_workers, train.worker_cpus or search.cpus_for_data"
+        )
+    return min(fits, config.max_concurrent or fits)
+
+
+def _fresh(
+    trainable: Any,
+    run: RunConfig,
+    config: SearchConfig,
+    space: Space,
+    out: str,
+    concurrent: int,
+    callbacks: Sequence[Callback],
+) -> tune.Tuner:
+    filesystem, path = storage.resolve(out)
+    return tune.Tuner(
+        trainable,
+        param_space=space.param_space(),
+        tune_config=tune.TuneConfig(
+            metric=config.metric,
+            mode=config.mode,
+            search_alg=_searcher(config),
+            scheduler=_scheduler(config, run.train.epochs),
+            num_samples=config.max_trials,
+            max_concurrent_trials=concurrent,
+            time_budget_s=config.max_hours * 3600 if config.max_hours else None,
+            reuse_actors=run.train.num_workers == 1,
+        ),
+        run_config=tune.RunConfig(
+            name=STATE,
+            storage_path=path,
+            storage_filesystem=filesystem if storage.is_remote(out) else None,
+            checkpoint_config=tune.CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute=config.metric, checkpoint_score_order=config.mode
+            ),
+            callbacks=[_Follow(run.train.epochs), *callbacks],
+            verbose=0,
+        ),
+    )
+
+
+def _restored(trainable: Any, space: Space, out: str) -> tune.Tuner | None:
+    """The search that lies in `out`; None where it was killed before Tune had written anything."""
+    filesystem, path = storage.resolve(storage.join(out, STATE))
+    if not storage.exists(storage.join(out, STATE)):
+        raise MissingError(f"--out {out} holds no search to resume; start it without --resume")
+    remote = filesystem if storage.is_remote(out) else None
+    if not tune.Tuner.can_restore(path, storage_filesystem=remote):
+        return None
+    return tune.Tuner.restore(
+        path,
+        trainable,
+        resume_unfinished=True,
+        restart_errored=True,
+        param_space=space.param_space(),
+        storage_filesystem=remote,
+    )
+
+
+def _searcher(config: SearchConfig) -> Searcher | SearchAlgorithm:
+    if config.searcher == "random":
+        return BasicVariantGenerator(random_state=config.seed)
+    from optuna.samplers import TPESampler
+
+    sampler = TPESampler(multivariate=True, seed=config.seed, n_startup_trials=min(10, max(3, config.max_trials // 3)))
+    return OptunaSearch(metric=config.metric, mode=config.mode, sampler=sampler)
+
+
+def _scheduler(config: SearchConfig, epochs: int) -> TrialScheduler:
+    if config.scheduler == "none":
+        return FIFOScheduler()
+    return ASHAScheduler(
+        time_attr="epoch",  # our own count: Tune's training_iteration starts anew after a restore
+        max_t=epochs,
+        grace_period=min(config.grace_epochs, epochs),
+        reduction_factor=config.reduction_factor,
+    )
+
+
+def _trial(result: tune.Result, run: RunConfig, config: SearchConfig, out: str) -> Trial:
+    trial_id = Path(result.path).name.split("_")[2] if result.path else ""
+    trial_id = result.metrics.get("trial_id", trial_id) if result.metrics else trial_id
+    history = MetricsLog(storage.join(out, TRIALS, trial_id)).read()
+    values = [line[config.metric] for line in history if line.get(config.metric) is not None]
+    epochs = len(history)
+    status = "failed" if result.error else "finished" if epochs >= run.train.epochs else "stopped"
+    better = max if config.mode == "max" else min
+    error = str(result.error).strip().splitlines()[-1][:500] if result.error else None
+    return Trial(trial_id, status, dict(result.config), epochs, better(values) if values else None, error)
+
+
+def _best(trials: list[Trial], config: SearchConfig) -> Trial:
+    ended = [trial for trial in trials if trial.value is not None and trial.status != "failed"]
+    if not ended:
+        reasons = sorted({trial.error or "no epoch finished" for trial in trials})
+        raise UserError(f"none of {len(trials)} trials reported {config.metric}: {'; '.join(reasons)[:400]}")
+    return (max if config.mode == "max" else min)(ended, key=lambda trial: trial.value or 0.0)
+
+
+def _publish(result: tune.Result, config: SearchConfig, out: str) -> str:
+    """Copies the best checkpoint of the best trial to best/."""
+    checkpoint = result.get_best_checkpoint(config.metric, config.mode)
+    target = storage.join(out, BEST)
+    storage.delete(target)
+    filesystem, path = storage.resolve(target)
+    filesystem.create_dir(path, recursive=True)
+    fs.copy_files(checkpoint.path, path, source_filesystem=checkpoint.filesystem, destination_filesystem=filesystem)
+    return target
+
+
+def _prune(grid: tune.ResultGrid, trials: list[Trial], config: SearchConfig) -> None:
+    """Deletes the checkpoints of all but the best `keep_trials` trials."""
+    sign = -1.0 if config.mode == "max" else 1.0
+    order = sorted(
+        (i for i, trial in enumerate(trials) if trial.value is not None), key=lambda i: sign * (trials[i].value or 0.0)
+    )
+    for index in set(range(len(trials))) - set(order[: config.keep_trials]):
+        for checkpoint, _ in grid[index].best_checkpoints or []:
+            if isinstance(checkpoint.filesystem, fs.LocalFileSystem):
+                shutil.rmtree(checkpoint.path, ignore_errors=True)
+            else:
+                checkpoint.filesystem.delete_dir(checkpoint.path)
+
+
+def _write(
+    out: str,
+    card: DatasetCard,
+    run: RunConfig,
+    config: SearchConfig,
+    space: Space,
+    trials: list[Trial],
+    best: Trial,
+) -> None:
+    record = {
+        "schema_version": 1,
+        "data_digest": card.digest,
+        "synthetic": card.synthetic,
+        "metric": config.metric,
+        "mode": config.mode,
+        "max_epochs": run.train.epochs,
+        "space": dict(space.describe()),
+        "config": run.model_dump(mode="json"),
+        "search": config.model_dump(mode="json"),
+        "best": best.trial_id,
+        "trials": [trial.__dict__ for trial in trials],
+    }
+    storage.write_bytes(storage.join(out, SEARCH_FILE), json.dumps(record, indent=2).encode())
