@@ -14,9 +14,6 @@ from tuning.record import RunRecord, Status, epoch_metrics, flatten
 from tuning.store import client_of, default_uri
 from tuning.tracking import KEY_TAG, Tracker, Verdict, judge
 
-# MLflow's own mappers use a loader strategy that SQLAlchemy has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-
 CONFIG = {"loss": {"lambda_ipc": 0.5}, "model": {"weights": "/home/somebody/weights/d121.safetensors"}}
 
 
