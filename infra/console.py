@@ -100,11 +100,13 @@ class PlainDisplay:
     """Progress as lines for logs and pipes: the first call, then one every ten seconds, and the last one."""
 
     def __init__(self, title: str) -> None:
-        self.title, self.started, self.shown = title, time.monotonic(), float("-inf")
+        self.title, self.shown = title, float("-inf")
+        self.first: tuple[float, int] | None = None
 
     def __call__(self, done: int, total: int, text: str) -> None:
         """Prints a line unless one was printed within the last ten seconds; the last step always prints."""
         now = time.monotonic()
+        self.first = self.first or (now, done)  # what came before is start-up, or was done by an earlier run
         if now - self.shown < LINE_SECONDS and (not total or done < total):
             return
         self.shown = now
@@ -117,9 +119,11 @@ class PlainDisplay:
 
     def _left(self, done: int, total: int, now: float) -> str:
         """Time left at the pace so far."""
-        if not 0 < done < total:
+        assert self.first is not None
+        since, before = self.first
+        if not before < done < total:
             return ""
-        return f", about {(now - self.started) * (total - done) / done:.0f} s left"
+        return f", about {(now - since) * (total - done) / (done - before):.0f} s left"
 
 
 def _is_number(text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 
 import typer
@@ -25,6 +26,8 @@ for room in (quickstart, data, training, models, admin):
 
 def main() -> None:
     """Runs the command line of this process and exits with its code."""
+    if "-v" not in sys.argv:
+        warnings.simplefilter("ignore")  # libraries' hints to their callers; users cannot act on them
     sys.exit(run(sys.argv[1:]))
 
 

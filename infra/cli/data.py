@@ -1,6 +1,7 @@
 """Verbs that make and verify data sets: prepare, check."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -9,7 +10,7 @@ from infra.console import progress, say, table
 from mpc.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.card import DatasetCard
+    from pipeline.card import DatasetCard, SplitCounts
 
 Source = Annotated[
     Literal["phantom", "nih"] | None,
@@ -49,14 +50,20 @@ def prepare(
         raise UserError(f"source {settings.prepare.source} needs --root, the folder or bucket of the collection")
     claim(out, resume)
     if dry_run:
-        _plan(settings.prepare.source, root, out, settings.prepare.image_size)
+        from pipeline.shards import survey
+
+        found = survey(settings.prepare, root)
+        show_counts(f"{found.source.name}, before any image is read", found.source.findings, found.counts)
+        say(f"would prepare {settings.prepare.image_size} pixels a side into {out}")
         return
     from pipeline import runtime
     from pipeline.shards import prepare as write_shards
 
     runtime.start(verbose=verbose)
     with progress("prepare") as report:
-        card = write_shards(settings.prepare, root, out, resume=resume, progress=report)
+        card = write_shards(
+            settings.prepare, root, out, resume=resume, progress=lambda done, total: report(done, total, "images")
+        )
     show_card(card)
     say(f"data set: {out}")
 
@@ -68,8 +75,7 @@ def check(data: Data, verbose: Verbose = False) -> None:
     from pipeline.check import check as faults_of
 
     card = read_card(data)
-    with progress("check") as report:
-        faults = faults_of(data, progress=report)
+    faults = faults_of(data)
     show_card(card)
     for fault in faults:
         say(f"fault: {fault}")
@@ -79,24 +85,23 @@ def check(data: Data, verbose: Verbose = False) -> None:
 
 
 def show_card(card: "DatasetCard") -> None:
-    """Tables of images, patients and positives per finding and split."""
-    splits = list(card.counts)
+    """Tables of images, patients and positives per finding and split, and what was quarantined."""
     kind = "synthetic radiographs, " if card.synthetic else ""
-    table(
-        f"{card.name}: {kind}{card.image_size} pixels a side",
-        ["", *splits],
-        [
-            ["images", *(f"{card.counts[split].images:,}" for split in splits)],
-            ["patients", *(f"{card.counts[split].patients:,}" for split in splits)],
-            *([name, *(f"{card.counts[split].positives[name]:,}" for split in splits)] for name in card.findings),
-        ],
-    )
+    show_counts(f"{card.name}: {kind}{card.image_size} pixels a side", card.findings, card.counts)
     bad = sum(card.quarantined.values())
     if bad:
         reasons = ", ".join(f"{reason} {count}" for reason, count in card.quarantined.items())
         say(f"quarantined: {bad} images ({reasons}); see quarantine.parquet")
 
 
-def _plan(source: str, root: str | None, out: str, size: int) -> None:
-    """What prepare would read and write."""
-    say(f"would prepare {source}{f' from {root}' if root else ''} at {size} pixels a side into {out}")
+def show_counts(title: str, findings: Sequence[str], counts: Mapping[Any, "SplitCounts"]) -> None:
+    """One column a split: images, patients, positives of each finding."""
+    table(
+        title,
+        ["", *counts],
+        [
+            ["images", *(f"{split.images:,}" for split in counts.values())],
+            ["patients", *(f"{split.patients:,}" for split in counts.values())],
+            *([name, *(f"{split.positives[name]:,}" for split in counts.values())] for name in findings),
+        ],
+    )

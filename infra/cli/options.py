@@ -1,6 +1,7 @@
 """The flags that verbs share, and what they mean for all of them."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -33,9 +34,15 @@ Verbose = Annotated[bool, typer.Option("-v", help="Show logs, and the traceback 
 
 def settings_of(config: str | None, overrides: list[str] | None, verbose: bool = False) -> Settings:
     """The settings that --config and --set describe; -v turns logs on for this process."""
-    if verbose:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    set_logs(verbose)
     return load(config, overrides or ())
+
+
+def set_logs(verbose: bool) -> None:
+    """Warnings alone on stderr, or, with -v, what the libraries tell as well."""
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "INFO" if verbose else "ERROR")  # read when ray.data is imported
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
 
 def claim(out: str, resume: bool) -> str:
