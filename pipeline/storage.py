@@ -151,10 +151,11 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
 
 
 def is_empty(uri: str) -> bool:
-    """Whether nothing lies under `uri` (or it does not exist)."""
+    """Whether no file lies under `uri` at any depth; empty folders, which S3 servers may leave behind, do not count."""
     filesystem, path = resolve(uri)
     with _explained(uri):
-        return not filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    return all(info.type == fs.FileType.Directory for info in entries)
 
 
 def delete(uri: str) -> None:
