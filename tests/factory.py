@@ -1,0 +1,59 @@
+"""Small real parts that several test files build on: a data set of phantoms and a checkpoint of a tiny network."""
+
+from pathlib import Path
+
+import torch
+
+from mpc import checkpoint as checkpoints
+from mpc.build import build_model
+from mpc.config import CheckpointInfo, ModelConfig, PixelSpec
+from pipeline.card import DatasetCard
+from pipeline.config import PhantomConfig, PrepareConfig, RunConfig, SplitConfig
+from pipeline.shards import prepare
+
+SIZE = 32
+FINDINGS = ("Effusion", "Mass", "Nodule")
+
+
+def tiny_data(out: Path, images: int = 60, size: int = SIZE) -> DatasetCard:
+    """A prepared data set of phantoms with FINDINGS, in row groups of 16."""
+    config = PrepareConfig(
+        findings=FINDINGS,
+        image_size=size,
+        row_group=16,
+        split=SplitConfig(val=0.2, test=0.4),
+        phantom=PhantomConfig(images=images),
+    )
+    return prepare(config, None, str(out))
+
+
+def tiny_checkpoint(
+    folder: Path,
+    *,
+    findings: tuple[str, ...] = FINDINGS,
+    size: int = SIZE,
+    digest: str = "0" * 64,
+    seed: int = 0,
+    metrics: dict[str, float] | None = None,
+    thresholds: dict[str, float] | None = None,
+) -> CheckpointInfo:
+    """A checkpoint of an untrained network whose raw and averaged weights differ."""
+    run = RunConfig(model=ModelConfig(backbone="test_efficientnet_gn"))
+    pixels = PixelSpec()
+    torch.manual_seed(seed)
+    model, ema = (build_model(run, len(findings), pixels) for _ in range(2))
+    info = CheckpointInfo(
+        config=run.model_dump(mode="json"),
+        findings=findings,
+        image_size=size,
+        pixels=pixels,
+        step=7,
+        epoch=1.0,
+        metrics={"val_macro_auroc": 0.75, **(metrics or {})},
+        thresholds=thresholds or {},
+        data_digest=digest,
+        git_commit=None,
+        versions={},
+    )
+    checkpoints.save(folder, model, ema.state_dict(), {"step": 7}, info)
+    return info
