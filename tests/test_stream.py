@@ -1,0 +1,98 @@
+"""The training stream against the same work done in one process, and the scan that evaluation reads."""
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mpc.config import ViewsConfig
+from mpc.errors import UserError
+from pipeline.card import read_card
+from pipeline.manifest import matrix
+from pipeline.plan import Plan, make_plan
+from pipeline.single_positive import draw
+from pipeline.stream import Arrays, SpanReader, TrainingData, batches, images_of, refuse_extension_types, scan
+
+
+def training_data(uri: str, **changes: object) -> tuple[TrainingData, Plan]:
+    card = read_card(uri)
+    return TrainingData(uri, card, ViewsConfig(), **changes), make_plan(card, seed=3, batch_size=32)
+
+
+def in_one_process(data: TrainingData, plan: Plan, rank: int, world_size: int, start: int, stop: int) -> list[pa.Table]:
+    reader = SpanReader(data, plan, rank, world_size)
+    return [table for span in plan.spans(start, stop, 4) for table in reader(span)]
+
+
+def same(batch: Arrays, table: pa.Table) -> bool:
+    return (
+        np.array_equal(batch.row, table["row"].to_numpy())
+        and np.array_equal(batch.weak.reshape(len(batch.row), -1), matrix(table["weak"]))
+        and np.array_equal(batch.observed, matrix(table["observed"]))
+        and (batch.strong is None or np.array_equal(batch.strong.reshape(len(batch.row), -1), matrix(table["strong"])))
+    )
+
+
+def test_ray_data_streams_what_one_process_reads(phantom_data: str) -> None:
+    data, plan = training_data(phantom_data)
+    stop = 2 * plan.steps_per_epoch  # across the end of an epoch
+    streamed = list(batches(data, plan, 0, 1, 0, stop))
+    assert len(streamed) == stop
+    assert all(map(same, streamed, in_one_process(data, plan, 0, 1, 0, stop)))
+    first = {row: image for b in streamed[: plan.steps_per_epoch] for row, image in zip(b.row, b.weak, strict=True)}
+    again = {row: image for b in streamed[plan.steps_per_epoch :] for row, image in zip(b.row, b.weak, strict=True)}
+    assert any(not np.array_equal(first[row], again[row]) for row in first.keys() & again.keys())  # drawn anew
+
+
+def test_the_stream_is_the_same_for_any_tasks_ranks_and_start(phantom_data: str) -> None:
+    data, plan = training_data(phantom_data)
+    reference = in_one_process(data, plan, 0, 1, 0, 6)
+    one_task, _ = training_data(phantom_data, tasks=1, task_cpus=1.0)
+    assert all(map(same, batches(one_task, plan, 0, 1, 0, 6), reference))
+    assert all(map(same, batches(data, plan, 0, 1, 4, 6), reference[4:]))
+    halves = [list(batches(data, plan, rank, 2, 0, 6)) for rank in range(2)]
+    for left, right, whole in zip(*halves, reference, strict=True):
+        together = Arrays._make(None if a is None else np.concatenate([a, b]) for a, b in zip(left, right, strict=True))
+        assert same(together, whole)
+
+
+def test_the_observed_label_is_the_draw_over_the_known_positives(phantom_data: str) -> None:
+    data, plan = training_data(phantom_data, draw_seed=5, strong=False)
+    batch = next(iter(batches(data, plan, 0, 1, 0, 1)))
+    assert batch.strong is None
+    assert (batch.observed.sum(1) == 1).all()
+    assert (batch.labels[batch.observed == 1] == 1).all()
+    rows = pa.concat_tables(pq.read_table(f"{phantom_data}/{s.path}") for s in data.card.shards_of("train"))
+    rows = rows.take(pa.array(batch.row))  # training rows come first: row number = position
+    expected = draw(rows["image_id"].to_pylist(), matrix(rows["labels"]), matrix(rows["known"]), 5)
+    assert np.array_equal(batch.observed, expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_scan_reads_every_row_once_over_all_ranks(phantom_data: str, world_size: int) -> None:
+    card = read_card(phantom_data)
+    for split in ("train", "val", "test"):
+        counted = Counter(
+            row
+            for rank in range(world_size)
+            for part in scan(phantom_data, card, split, 50, rank, world_size)
+            for row in part["row"].to_pylist()
+        )
+        assert counted == Counter(card.rows(split))
+
+
+def test_scanned_pixels_are_the_stored_ones(phantom_data: str) -> None:
+    card = read_card(phantom_data)
+    part = next(iter(scan(phantom_data, card, "val", 10)))
+    stored = part["image"].to_pylist()
+    assert [image.tobytes() for image in images_of(part["image"], card.image_size)] == stored
+    with pytest.raises(UserError, match="not 31 x 31"):
+        images_of(part["image"], 31)
+
+
+def test_extension_types_are_refused_before_a_value_is_read() -> None:
+    schema = pa.schema([pa.field("image", pa.binary(), metadata={"ARROW:extension:name": "arrow.py_extension_type"})])
+    with pytest.raises(UserError, match="column image"):
+        refuse_extension_types(schema, "shard")
