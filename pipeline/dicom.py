@@ -1,6 +1,7 @@
 """DICOM -> grey values as a viewer would show them; no other tag is read, and none leaves this module."""
 
 import io
+import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,9 @@ from pipeline.geometry import MAX_PIXELS
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as for PNG and JPEG
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
+# pydicom quotes doubtful values, names among them, in warnings and logs; this module refuses or ignores them itself
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR")
 
 
@@ -137,7 +141,11 @@ def _first(value: Any) -> float:
 
 def _undecoded(data: bytes, error: Exception) -> tuple[Literal["unsupported", "unreadable"], str]:
     """Tells a missing decoder from damaged pixels, and names the transfer syntax."""
-    syntax = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).file_meta.TransferSyntaxUID
+    try:
+        meta = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).file_meta
+        syntax = UID(meta.TransferSyntaxUID).name if UID(meta.TransferSyntaxUID).is_transfer_syntax else "unknown"
+    except Exception:  # the header itself is damaged
+        return "unreadable", "damaged DICOM header"
     if isinstance(error, NotImplementedError) or "missing dependencies" in str(error):
-        return "unsupported", f"no decoder is installed for {syntax.name}"
-    return "unreadable", f"pixels cannot be decoded ({syntax.name})"
+        return "unsupported", f"no decoder is installed for transfer syntax {syntax}"
+    return "unreadable", f"pixels cannot be decoded (transfer syntax {syntax})"
