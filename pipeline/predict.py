@@ -1,0 +1,248 @@
+"""Findings of any images: decoded and scored by Ray Data tasks, written as a long table, one bad file one row."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+import ray
+from numpy.typing import NDArray
+
+from mpc.checkpoint import read_info
+from mpc.config import CheckpointInfo
+from mpc.errors import UserError
+from pipeline import pixels, runtime, storage
+from pipeline.decode import DecodeError
+from pipeline.images import find_images, plain
+from pipeline.inference import DEFAULT_FLAG, LoadedModel, best_device, load_model, thresholds
+
+FINDINGS_FILE = "findings.parquet"
+REGISTERED_FILE = "registered.txt"  # which version of the registry a downloaded checkpoint is
+REMOTE_READS = 8  # files fetched at a time from object storage, where latency bounds
+
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("finding", pa.string()),
+        ("probability", pa.float64()),
+        ("threshold", pa.float64()),
+        ("positive", pa.bool_()),
+        ("model_version", pa.string()),
+        ("flags", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+
+Progress = Callable[[int, int, str], None]
+
+
+class PredictSummary(NamedTuple):
+    """What a prediction did."""
+
+    images: int
+    """Images asked for, unreadable ones included."""
+    failed: int
+    out: str
+    """The file that was written."""
+
+
+class Packed(NamedTuple):
+    """A checkpoint as bytes, for workers that do not see the driver's disk."""
+
+    info: bytes
+    weights: bytes
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of both."""
+        return hashlib.sha256(self.info + self.weights).hexdigest()
+
+
+def predict(
+    checkpoint: Path,
+    images: str,
+    out: str,
+    *,
+    model_version: str | None = None,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> PredictSummary:
+    """Writes a row for every image and finding, ordered by source; an unreadable image is one row with `error`.
+
+    Args:
+        checkpoint: local folder.
+        images: what `pipeline.images.find_images` understands.
+        out: a .parquet or .csv file, or a folder that receives findings.parquet; local or s3://.
+        model_version: written into every row; None takes the registry's, else step and digest of the checkpoint.
+        batch_size: images of one task.
+        progress: called with (images done, all, text).
+
+    Raises:
+        UserError: no image found, or storage or checkpoint at fault.
+    """
+    packed = pack(checkpoint)
+    info = read_info(checkpoint)
+    sources = find_images(images)
+    target = out if out.lower().endswith((".parquet", ".csv")) else storage.join(out, FINDINGS_FILE)
+    version = model_version or version_of(checkpoint, info, packed)
+    done = failed = 0
+    with storage.open_output(target) as stream, _writer(target, stream) as writer:
+        for scored in _scored(packed, info, sources, batch_size):
+            writer.write_table(long_table(scored, info, version))
+            done += len(scored)
+            failed += len(scored) - scored["error"].null_count
+            if progress:
+                progress(done, len(sources), f"{failed} unreadable" if failed else "")
+    if done != len(sources):
+        raise RuntimeError(f"scored {done} of {len(sources)} images; every image must be scored exactly once")
+    return PredictSummary(done, failed, target)
+
+
+def version_of(checkpoint: Path, info: CheckpointInfo, packed: Packed) -> str:
+    """`NAME/3` of a registered model, else the checkpoint's step and the start of its digest."""
+    registered = checkpoint / REGISTERED_FILE
+    if registered.is_file():
+        return registered.read_text(encoding="utf-8").strip()
+    return f"step-{info.step}-{packed.digest[:12]}"
+
+
+def pack(checkpoint: Path) -> Packed:
+    """Metadata and averaged weights of a checkpoint as bytes.
+
+    Raises:
+        UserError: no checkpoint there.
+    """
+    read_info(checkpoint)
+    weights = next((path for kind in ("ema", "model") if (path := checkpoint / f"{kind}.safetensors").is_file()), None)
+    if weights is None:
+        raise UserError(f"{checkpoint}: no ema.safetensors nor model.safetensors; give a whole checkpoint")
+    return Packed((checkpoint / "checkpoint.json").read_bytes(), weights.read_bytes())
+
+
+def long_table(scored: pa.Table, info: CheckpointInfo, version: str) -> pa.Table:
+    """A row for each image and finding from columns `source`, `probabilities` (null where `error`), `error`."""
+    limits, default = thresholds(info)
+    rows: list[dict[str, Any]] = []
+    for row in scored.to_pylist():
+        shared = {"source": row["source"], "model_version": version, "error": row["error"]}
+        if row["error"] is not None:
+            rows.append(shared)
+            continue
+        for name, probability, limit, is_default in zip(
+            info.findings, row["probabilities"], limits, default, strict=True
+        ):
+            rows.append(
+                {
+                    **shared,
+                    "finding": name,
+                    "probability": probability,
+                    "threshold": limit,
+                    "positive": bool(probability >= limit),
+                    "flags": DEFAULT_FLAG if is_default else None,
+                }
+            )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def _scored(packed: Packed, info: CheckpointInfo, sources: list[str], batch_size: int) -> Iterator[pa.Table]:
+    """Tables of `source`, `probabilities`, `error`, in the order of `sources`, as they become ready."""
+    runtime.start()
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    uris = pa.table({"uri": sources})
+    blocks = [uris.slice(start, batch_size) for start in range(0, len(uris), batch_size)]
+    decoded = ray.data.from_arrow(blocks).map_batches(
+        partial(_decode, size=info.image_size, fit=info.pixels.fit), batch_size=None, batch_format="pyarrow", num_cpus=1
+    )
+    model = ray.put(packed)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus:
+        strategy = ray.data.ActorPoolStrategy(size=gpus)
+        options: dict[str, Any] = {"fn_constructor_args": (model,), "compute": strategy, "num_gpus": 1}
+        scored = decoded.map_batches(_Scorer, batch_size=None, batch_format="pyarrow", **options)
+    else:  # fused with decoding: one task an image batch, one thread each, the network kept between tasks
+        scored = decoded.map_batches(partial(_score, model=model), batch_size=None, batch_format="pyarrow", num_cpus=1)
+    for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+        fault = next((text for text in table["fatal"].to_pylist() if text), None)
+        if fault:
+            raise UserError(fault)
+        yield table
+
+
+def _decode(batch: pa.Table, size: int, fit: Any) -> pa.Table:
+    """Pixels of each URI, or why there are none; a fault of the storage itself ends the prediction."""
+
+    def one(uri: str) -> tuple[bytes | None, str | None, str | None]:
+        try:
+            return pixels.load(uri, size, fit).tobytes(), None, None
+        except DecodeError as error:
+            return None, str(error), None
+        except UserError as error:  # as a value: an exception would reach the driver wrapped in traces
+            return None, str(error), str(error)
+
+    uris = batch["uri"].to_pylist()
+    with ThreadPoolExecutor(REMOTE_READS if storage.is_remote(uris[0]) else 1) as pool:
+        images, errors, fatal = zip(*pool.map(one, uris), strict=True)
+    return pa.table(
+        {
+            "source": pa.array([plain(uri) for uri in uris], pa.string()),
+            "image": pa.array(images, pa.large_binary()),
+            "error": pa.array(errors, pa.string()),
+            "fatal": pa.array(fatal, pa.string()),
+        }
+    )
+
+
+class _Scorer:
+    """Holds the network on a GPU."""
+
+    def __init__(self, model: "ray.ObjectRef[Packed]") -> None:
+        self.loaded = _unpack(ray.get(model), best_device())
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return _with_probabilities(self.loaded, batch)
+
+
+@lru_cache(maxsize=1)
+def _held(model: "ray.ObjectRef[Packed]") -> LoadedModel:
+    """The network of this process."""
+    return _unpack(ray.get(model), "cpu")
+
+
+def _score(batch: pa.Table, model: "ray.ObjectRef[Packed]") -> pa.Table:
+    return _with_probabilities(_held(model), batch)
+
+
+def _unpack(packed: Packed, device: str) -> LoadedModel:
+    """Loads a packed checkpoint."""
+    with TemporaryDirectory(prefix="mpc-cxr-") as folder:
+        (Path(folder) / "checkpoint.json").write_bytes(packed.info)
+        (Path(folder) / "model.safetensors").write_bytes(packed.weights)
+        return load_model(Path(folder), device)
+
+
+def _with_probabilities(loaded: LoadedModel, batch: pa.Table) -> pa.Table:
+    """Replaces the pixels by K probabilities; images that could not be read have none."""
+    images = batch["image"].to_pylist()
+    good = [i for i, image in enumerate(images) if image is not None]
+    values: list[NDArray[np.float64] | None] = [None] * len(images)
+    if good:
+        size = loaded.info.image_size
+        stacked = np.stack([np.frombuffer(images[i], np.uint8).reshape(size, size) for i in good])
+        for i, row in zip(good, loaded.probabilities(stacked), strict=True):
+            values[i] = row
+    column = pa.array(values, pa.list_(pa.float64()))
+    return batch.drop_columns(["image"]).append_column("probabilities", column)
+
+
+def _writer(target: str, stream: Any) -> Any:
+    """A streaming writer of tables, by the name of the file."""
+    if target.lower().endswith(".csv"):
+        return pcsv.CSVWriter(stream, SCHEMA)
+    return pq.ParquetWriter(stream, SCHEMA, compression="zstd")
