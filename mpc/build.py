@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
-from mpc import losses
+from mpc import baselines, losses
 from mpc.config import MethodConfig, PixelSpec
 from mpc.method import Method
 from mpc.model import BatchEncoder, Classifier, build
@@ -45,8 +45,12 @@ def build_sup_loss(config: MethodConfig) -> SupLoss:
 
 
 def build_method(name: str, config: MethodConfig, model: Classifier, teacher: Classifier | None = None) -> Method:
-    """The method called `name`: `mpc`, or a baseline."""
-    return build_mpc(config, model, teacher)
+    """The method called `name`: `mpc`, or a baseline.
+
+    Raises:
+        UserError: no method has that name.
+    """
+    return build_mpc(config, model, teacher) if name == "mpc" else baselines.build(name, config)
 
 
 def build_mpc(config: MethodConfig, model: Classifier, teacher: Classifier | None = None) -> Method:

@@ -194,6 +194,30 @@ class BtcConfig(Config):
     """Learning rate of the encoder relative to the network's."""
 
 
+class BaselineConfig(Config):
+    """Settings of the rival methods (docs/method.md, section 5); each method reads its own alone.
+
+    EPR and ROLE read `pseudo.kappa`, AN-LS reads `loss.label_smoothing`.
+    """
+
+    em_alpha: Positive = 0.2
+    """EM and APL: weight of the entropy of unobserved entries."""
+    apl_beta: NonNegative = 0.02
+    """APL: weight of entries that got a soft negative label."""
+    apl_theta: Share = 0.9
+    """APL: share of the unobserved entries of a finding that get one by the end."""
+    apl_warmup: Share = 0.5
+    """APL: share of the epochs before the first labels are given."""
+    ll_delta: Share = 0.002
+    """LL-R, LL-Ct, LL-Cp: share of a batch's entries taken for hidden positives, more by this each epoch (LL-Cp: no
+    more)."""
+    splc_tau: Probability = 0.6
+    """SPLC: an unobserved entry above this probability counts as positive after the first epoch."""
+    gr_q2: Positive = 0.01
+    gr_q3: Positive = 1.0
+    """GR: exponents of the robust loss; towards 0 it is the logarithm, at 1 the absolute error."""
+
+
 class OptimConfig(Config):
     """Optimiser and schedule."""
 
@@ -217,6 +241,7 @@ class MethodConfig(Config):
     loss: LossConfig = LossConfig()
     pseudo: PseudoConfig = PseudoConfig()
     btc: BtcConfig = BtcConfig()
+    baseline: BaselineConfig = BaselineConfig()
     optim: OptimConfig = OptimConfig()
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ def test_presets_differ_where_their_names_say() -> None:
 def test_run_config_leaves_the_other_sections_out() -> None:
     run = run_config(load("demo"))
     assert type(run) is RunConfig
-    assert set(run.model_dump()) == {"model", "views", "loss", "pseudo", "btc", "optim", "data", "train"}
+    assert set(run.model_dump()) == {"model", "views", "loss", "pseudo", "btc", "baseline", "optim", "data", "train"}
 
 
 @pytest.mark.parametrize(
