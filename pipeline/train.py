@@ -16,11 +16,13 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
 
+from mpc.build import build_method
 from mpc.errors import UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.config import RunConfig
-from pipeline.loop import Loop, Metrics
+from pipeline.loop import Loop, Metrics, make_model
+from pipeline.plan import make_plan
 from pipeline.record import MetricsLog
 
 log = logging.getLogger(__name__)
@@ -124,9 +126,11 @@ def train(
     """
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
-    claim(run, card, out, resume)
+    make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size)
+    build_method(run.train.method, run, make_model(run, card))
     runtime.start()
     preflight(run)
+    claim(run, card, out, resume)
     queue = Queue(actor_options={"num_cpus": 0})
     for listener in listeners:
         listener.on_start(run, card)

@@ -1,0 +1,216 @@
+"""Training through the public door: exact continuation, equal workers, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpc.checkpoint import load_training_state, load_weights, read_info
+from mpc.errors import UserError
+from pipeline.card import read_card
+from pipeline.config import RunConfig
+from pipeline.loop import DivergedError, Loop, Metrics
+from pipeline.record import MetricsLog
+from pipeline.train import train
+
+TINY = {
+    "model": {"backbone": "test_efficientnet_gn"},
+    "loss": {"warmup_epochs": 0.2, "ramp_epochs": 0.5},
+    "optim": {"lr": 0.003},
+    "data": {"tasks": 1, "task_cpus": 0.25},
+    "train": {"epochs": 2, "batch_size": 32, "worker_cpus": 0.5, "log_every": 7},
+}
+
+
+def tiny(**sections: dict[str, object]) -> RunConfig:
+    return RunConfig.model_validate({k: {**TINY.get(k, {}), **sections.get(k, {})} for k in {*TINY, *sections}})
+
+
+class PlainHost:
+    """A plain process as host of the loop; it keeps every checkpoint and may stop after one."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, out: Path, stop_after: int | None = None) -> None:
+        self.out, self.stop_after = out, stop_after
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        yield max(self.out.glob("step-*"), default=None)
+
+    def report(self, metrics: Metrics, checkpoint: Path) -> None:
+        checkpoint.rename(self.out / checkpoint.name)
+        if metrics["step"] == self.stop_after:
+            raise KeyboardInterrupt
+
+    def log(self, line: Metrics) -> None:
+        assert 0 <= line["data_wait_share"] <= 1
+
+
+def checkpoint_state(folder: Path) -> dict[str, object]:
+    """All that a checkpoint continues with; seconds and rates are no part of it."""
+    state = load_training_state(folder)
+    return {"model": load_weights(folder, "model"), "ema": load_weights(folder, "ema"), **state}
+
+
+def assert_equal(left: object, right: object, where: str = "") -> None:
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_equal(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list):
+        for i, pair in enumerate(zip(left, right, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    else:
+        assert left == right, where
+
+
+def test_a_run_continues_from_the_middle_of_an_epoch_bit_for_bit(phantom_data: str, tmp_path: Path) -> None:
+    run = tiny(train={"checkpoint_every": 5}, pseudo={"align": "distribution", "kappa": 2.5, "source": "ema"})
+    card = read_card(phantom_data)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    Loop(run, phantom_data, card, PlainHost(whole)).fit()
+    with pytest.raises(KeyboardInterrupt):
+        Loop(run, phantom_data, card, PlainHost(broken, stop_after=5)).fit()
+    assert [p.name for p in broken.iterdir()] == ["step-00000005"]  # in the middle of the first epoch
+    Loop(run, phantom_data, card, PlainHost(broken)).fit()
+    for folder in sorted(whole.iterdir()):
+        assert_equal(checkpoint_state(folder), checkpoint_state(broken / folder.name), folder.name)
+    last = max(whole.iterdir())
+    timed = {"images_per_s", "data_wait_share", "seconds"}
+    assert all(
+        read_info(broken / last.name).metrics[name] == value
+        for name, value in read_info(last).metrics.items()
+        if name not in timed
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(phantom_data: str, tmp_path: Path) -> None:
+    run = tiny(optim={"lr": 1e30, "clip": 1e30, "name": "sgd"})
+    with pytest.raises(DivergedError, match=r"at step \d+, learning rate .*rows"):
+        Loop(run, phantom_data, read_card(phantom_data), PlainHost(tmp_path)).fit()
+
+
+def test_two_workers_equal_one_at_the_same_global_batch(phantom_data: str, tmp_path: Path) -> None:
+    exact = {
+        "optim": {"name": "sgd", "lr": 0.01},
+        "btc": {"scope": "global", "dropout": 0.0},
+        "model": {"perturb": {"rate": 0.0}},
+    }
+    steps = read_card(phantom_data).rows("train").stop // 24
+    assert 15 <= steps <= 20
+    results = []
+    for workers in (1, 2):
+        run = tiny(**exact, train={"epochs": 1, "batch_size": 24, "num_workers": workers})
+        results.append(train(run, phantom_data, str(tmp_path / str(workers))))
+    one, two = (load_weights(Path(result.best_checkpoint), "model") for result in results)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    ours, theirs = (result.metrics for result in results)
+    for name in ("loss", "loss_ipc", "loss_fpc", "loss_btc", "selected_share", "val_macro_auroc", "val_macro_ap"):
+        assert theirs[name] == pytest.approx(ours[name], abs=1e-4), name
+
+
+def test_a_finished_run_leaves_its_record(phantom_data: str, tmp_path: Path) -> None:
+    seen: list[Metrics] = []
+
+    class Listener:
+        def on_start(self, run, card):
+            assert card.synthetic
+
+        def on_log(self, line):
+            assert line["eta_s"] >= 0
+
+        def on_epoch(self, metrics):
+            seen.append(metrics)
+
+        def on_end(self, status, best_checkpoint):
+            seen.append({"status": status})
+
+    out = str(tmp_path / "run")
+    result = train(tiny(), phantom_data, out, listeners=[Listener()])
+    history = MetricsLog(out).read()
+    assert [line["epoch"] for line in history] == [1, 2]
+    assert seen == [*history, {"status": "FINISHED"}]
+    assert result.metrics == max(history, key=lambda line: line["val_macro_auroc"])
+    info = read_info(Path(result.best_checkpoint))
+    assert info.config == tiny().model_dump(mode="json")
+    assert info.data_digest == read_card(phantom_data).digest
+    assert set(info.thresholds) <= set(info.findings)
+    assert {"selected_share", "pseudo_positives", "mean_sum_p", "pseudo_recall"} <= result.metrics.keys()
+    with pytest.raises(UserError, match="--resume"):
+        train(tiny(), phantom_data, out)
+    with pytest.raises(UserError, match="another optim"):
+        train(tiny(optim={"lr": 0.1}), phantom_data, out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"num_workers": 8, "batch_size": 32}}, "lower train.num_workers"),
+        ({"train": {"use_gpu": True}}, "train.use_gpu=false"),
+        ({"train": {"batch_size": 5000}}, "train.batch_size 5000"),
+        ({"model": {"backbone": "test_efficientnet_gm"}}, "is not a timm model"),
+        ({"btc": {"heads": 7}}, "btc.heads 7"),
+        ({"model": {"weights": "nowhere.pth"}}, "nowhere.pth"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(
+    phantom_data: str, tmp_path: Path, sections: dict[str, dict[str, object]], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        train(tiny(**sections), phantom_data, str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()  # a refused run leaves nothing that would ask for --resume
+
+
+KILLED_RUN = """
+import json, sys
+from pipeline.config import RunConfig
+from pipeline.train import train
+data, out, config, resume = sys.argv[1:]
+train(RunConfig.model_validate_json(config), data, out, resume=resume == "resume")
+"""
+
+
+@pytest.mark.slow
+def test_ten_epochs_equal_five_and_a_killed_driver_and_five_more(phantom_data: str, tmp_path: Path) -> None:
+    config = tiny(train={"epochs": 10}).model_dump_json()
+
+    def start(out: str, resume: str = "") -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED_RUN, phantom_data, str(tmp_path / out), config, resume],
+            start_new_session=True,
+        )
+
+    whole = start("whole")
+    assert whole.wait(timeout=300) == 0
+    broken = start("broken")
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline
+        assert broken.poll() is None
+        time.sleep(0.05)
+    os.killpg(broken.pid, signal.SIGKILL)  # the driver and its whole local cluster
+    broken.wait()
+    began = len(metrics.read_text().splitlines())
+    assert began < 10
+    assert start("broken", "resume").wait(timeout=300) == 0
+    left, right = (tmp_path / name / "best" for name in ("whole", "broken"))
+    assert_equal(checkpoint_state(left), checkpoint_state(right))
+    records = [MetricsLog(str(tmp_path / name)).read() for name in ("whole", "broken")]
+    timed = {"images_per_s", "data_wait_share", "seconds"}
+    plain = [json.dumps([{k: v for k, v in line.items() if k not in timed} for line in record]) for record in records]
+    assert plain[0] == plain[1]
