@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.sources.phantom.parameters import PARAMETERS, spread
 from pipeline.sources.phantom.shapes import Array, bell, blur, edge, grid, radius, strokes
@@ -94,7 +95,11 @@ class Scene:
 
     def __post_init__(self) -> None:
         """Starts without lucency."""
-        self.dark = np.zeros((self.size, self.size), np.float32)
+        self.dark = self.empty()
+
+    def empty(self) -> Array:
+        """Zeros of the scene's size, float32."""
+        return np.zeros((self.size, self.size), np.float32)
 
     def fill(self, opacity: Array) -> None:
         """Replaces air by fluid or cells: opacity in [0, 1]."""
@@ -173,36 +178,32 @@ def _heart(anatomy: Anatomy, size: int) -> Array:
     return np.maximum(np.maximum(body, aorta), trunk)
 
 
-def _curve(points: np.ndarray, bend: np.ndarray) -> np.ndarray:
-    """Adds a bend in y to straight curves: [n, points, 2]."""
-    points[..., 1] += bend
-    return points
-
-
 def _vessels(anatomy: Anatomy, size: int, rng: np.random.Generator) -> Array:
     """Pulmonary vessels: branches that leave the hila, fork twice and fade outwards; [size, size] in [0, 1]."""
     steps = np.linspace(0, 1, 6)
-    drawn = np.zeros((size, size), np.float32)
     stems, twigs = [], []
     for side in SIDES:
-        root = np.array(anatomy.place(side, 0.06, 0.47))
-        uniform = rng.random((4, 12))
-        angle = np.linspace(-1.25, 1.35, 12) + 0.2 * (uniform[0] - 0.5)
-        length = (0.15 + 0.11 * uniform[1]) * (1 + 0.35 * np.abs(np.sin(angle)))
-        heading = np.stack([side * np.cos(angle), np.sin(angle)], -1)
-        across = np.stack([-heading[:, 1], heading[:, 0]], -1)
-        bend = 0.06 * (uniform[2] - 0.5)
-        path = root + steps[None, :, None] * length[:, None, None] * heading[:, None]
-        path += (steps**2)[None, :, None] * bend[:, None, None] * across[:, None]
-        stems += list(path)
-        for sign in (-1, 1):
-            fork = path[:, 2 + (sign > 0)]
-            turn = angle + sign * (0.35 + 0.4 * uniform[3])
-            way = np.stack([side * np.cos(turn), np.sin(turn)], -1)
-            twigs += list(fork[:, None] + steps[None, ::2, None] * 0.09 * way[:, None])
-    drawn = 0.9 * strokes(size, [stem[:3] for stem in stems], 0.011)
-    drawn = np.maximum(drawn, 0.6 * strokes(size, stems, 0.007))
-    return np.maximum(drawn, 0.45 * strokes(size, twigs, 0.005))
+        uniform = rng.random((5, 11))
+        angle = np.linspace(-1.35, 1.45, 11) + 0.3 * (uniform[0] - 0.5)
+        length = (0.13 + 0.13 * uniform[1]) * (1 + 0.45 * np.abs(np.sin(angle)))
+        bend = 0.10 * (uniform[2] - 0.5) * steps[:, None] ** 2
+        root = np.array(anatomy.place(side, 0.03, 0.48)) + np.stack([0 * angle, 0.055 * np.sin(angle)], -1)
+        ahead, across = _headings(side, angle)
+        path = root + steps[:, None, None] * (length[:, None] * ahead) + bend[..., None] * across
+        stems += list(path.transpose(1, 0, 2))
+        for turn, node in ((-0.4, 2), (0.45, 3), (-0.35, 4)):
+            ahead, _ = _headings(side, angle + turn * (0.6 + uniform[3]))
+            reach = (0.05 + 0.06 * uniform[4])[:, None] * ahead
+            twigs += list((path[node] + steps[::2, None, None] * reach).transpose(1, 0, 2))
+    drawn = 0.8 * strokes(size, [stem[:4] for stem in stems], 0.0085)
+    drawn = np.maximum(drawn, 0.6 * strokes(size, stems, 0.006))
+    return np.maximum(drawn, 0.42 * strokes(size, twigs, 0.0045))
+
+
+def _headings(side: int, angle: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Unit vectors along and across directions that open outwards on a side; each [n, 2]."""
+    ahead = np.stack([side * np.cos(angle), np.sin(angle)], -1)
+    return ahead, np.stack([-ahead[:, 1], ahead[:, 0]], -1)
 
 
 def _bones(anatomy: Anatomy, size: int) -> Array:
@@ -224,11 +225,11 @@ def _bones(anatomy: Anatomy, size: int) -> Array:
     ribs = strokes(size, back, 0.021) - 0.45 * strokes(size, back, 0.011)
     ribs = ribs + 0.55 * strokes(size, front, 0.024) - 0.2 * strokes(size, front, 0.012)
     clavicles = strokes(size, collar, 0.027) - 0.3 * strokes(size, collar, 0.014)
-    bones = density * ribs + np.float32(0.12) * clavicles
+    bones = density * (ribs + 1.15 * clavicles)
     lateral = 0.30 if anatomy.portable else 0.385
     for side in SIDES:
         blade = radius(size, (0.5 + side * lateral, anatomy.apex + 0.17), (0.055, 0.14), -side * 0.25)
-        bones += np.float32(0.06) * edge((1 - blade) * np.float32(0.055), 0.012)
+        bones += 0.05 * edge((1 - blade) * 0.055, 0.025)
     return bones
 
 
@@ -239,8 +240,8 @@ def _soft_tissue(scene: Scene, above: Array) -> None:
     added = scene.added
     centre = np.abs(x - np.float32(0.5))
     added += np.float32(0.13) * (1 - above) * edge(y - np.float32(anatomy.dome - 0.05), 0.1)
-    added += np.float32(0.10) * edge(np.float32(anatomy.mediastinum) - np.abs(x - np.float32(anatomy.middle)), 0.02)
-    added += np.float32(0.09) * scene.heart
+    column = edge(anatomy.mediastinum - np.abs(x - np.float32(anatomy.middle)), 0.02)
+    added += 0.10 * np.maximum(column, scene.heart * (0.4 + 0.6 * above))
     discs = 0.75 + 0.25 * np.sign(np.sin(y * np.float32(2 * np.pi / 0.052)))
     added += np.float32(anatomy.spine) * edge(0.036 - centre, 0.012) * discs
     windpipe = edge(0.017 - np.abs(x - anatomy.middle), 0.012) * edge(anatomy.apex + 0.22 - y, 0.02)
@@ -251,18 +252,19 @@ def _soft_tissue(scene: Scene, above: Array) -> None:
         if anatomy.female:
             breast = radius(size, (0.5 + side * 0.6 * anatomy.width, anatomy.dome - 0.03), (0.165, 0.15))
             added += np.float32(anatomy.breast) * edge((1 - breast) * np.float32(0.15), 0.04)
-    bubble = radius(size, (0.5 + 0.45 * anatomy.width, anatomy.dome_of(1) + 0.10), (0.07, 0.045))
+    bubble = radius(size, (0.5 + 0.45 * anatomy.width, anatomy.dome_of(1) + 0.075), (0.075, 0.042))
     scene.dark += np.float32(anatomy.bubble) * bell(bubble / 1.2)
 
 
 def outline(anatomy: Anatomy, size: int) -> Array:
-    """Thickness of the body in [0, 1]: neck, shoulders and chest wall against air; [size, size]."""
+    """Thickness of the body in [0, 1]: neck, shoulders, chest wall and arms against air; [size, size]."""
     x, y = grid(size)
-    shoulder = np.float32(0.10) + np.float32(0.45) * np.clip((y - np.float32(anatomy.apex - 0.07)) / 0.10, 0, 1) ** 0.6
-    waist = anatomy.half_width(y) + np.float32(anatomy.wall)
-    trunk = np.where(y < anatomy.apex + 0.22, np.float32(0.62), waist)
-    gap = np.minimum(shoulder, trunk) - np.abs(x - np.float32(0.5))
-    body = np.sqrt(np.clip(gap / np.float32(0.09), 0, 1))
-    arms = 0.85 * edge(np.abs(x - np.float32(0.5)) - np.float32(anatomy.width + anatomy.wall + 0.055), 0.03)
-    arms = arms * edge(y - np.float32(anatomy.apex + 0.05), 0.05)
-    return blur(np.maximum(body, arms).astype(np.float32), 0.006)
+    off = np.abs(x - np.float32(0.5))
+    shoulder = 0.095 + 0.42 * np.clip((y - (anatomy.apex - 0.085)) / 0.13, 0, 1) ** 0.7
+    waist = anatomy.half_width(y) + anatomy.wall
+    fold = np.clip((y - (anatomy.apex + 0.13)) / 0.30, 0, 1)  # the axillary fold, from shoulder to chest wall
+    trunk = waist + (0.66 - waist) * (1 - fold) ** 2.2
+    body = np.sqrt(np.clip((np.minimum(shoulder, trunk) - off) * (1 / 0.085), 0, 1))
+    arm = waist + 0.012 + 0.16 * np.clip(y - (anatomy.apex + 0.30), 0, 1)
+    arms = 0.9 * edge(off - arm, 0.03) * edge(y - (anatomy.apex + 0.08), 0.06)
+    return blur(np.maximum(body, arms), 0.006)

@@ -40,6 +40,11 @@ class Patient:
     sex: str  # M or F
     age: int  # years
 
+    @property
+    def age_band(self) -> str:
+        """Twenty years, such as `40-59`."""
+        return f"{self.age // 20 * 20}-{self.age // 20 * 20 + 19}"
+
 
 @lru_cache(maxsize=64)
 def _block(seed: int, block: int) -> tuple[tuple[int, int], ...]:
@@ -78,7 +83,7 @@ def _frequencies() -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
 
 @lru_cache(maxsize=1)
 def _affinity() -> NDArray[np.float64]:
-    """How findings attract each other: square root of the NIH table's lift among images with several findings."""
+    """How findings attract each other: the NIH table's lift among images with several findings, within [1/4, 4]."""
     sets, cumulative = _frequencies()
     joint = np.zeros((len(FINDINGS), len(FINDINGS)))
     total = 0
@@ -87,7 +92,7 @@ def _affinity() -> NDArray[np.float64]:
             total += int(count)
             joint[np.ix_(members, members)] += count
     alone = np.diag(joint)
-    affinity: NDArray[np.float64] = np.sqrt(np.clip(joint * total / np.outer(alone, alone), 0.25, 4.0))
+    affinity: NDArray[np.float64] = np.clip(joint * total / np.outer(alone, alone), 0.25, 4.0)
     return affinity
 
 

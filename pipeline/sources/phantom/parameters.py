@@ -33,55 +33,55 @@ class AnatomyRanges:
     clavicle: Range = (0.055, 0.105)  # y below the apex
     rib_pitch: Range = (0.066, 0.080)
     rib_slope: Range = (0.05, 0.12)
-    rib_density: Range = (0.05, 0.11)
+    rib_density: Range = (0.04, 0.09)
     lung_depth: Range = (0.40, 0.50)  # how much darker air is than tissue
     tissue: Range = (0.60, 0.70)
     vessels: Range = (0.09, 0.17)
     breast: Range = (0.03, 0.10)
     bubble: Range = (0.0, 0.25)  # gas in the stomach
-    spine: Range = (0.04, 0.10)
+    spine: Range = (0.03, 0.07)
 
 
 @dataclass(frozen=True)
 class PoseRanges:
     """What differs from image to image of one patient; names are those of `anatomy.Pose`."""
 
-    tilt: Range = (-4.0, 4.0)  # degrees in the image plane
+    tilt: Range = (-3.0, 3.0)  # degrees in the image plane
     yaw: Range = (-0.018, 0.018)  # shift of the mediastinum from turning about the long axis
-    shift_x: Range = (-0.03, 0.03)
-    shift_y: Range = (-0.03, 0.03)
-    zoom: Range = (0.93, 1.06)
+    shift_x: Range = (-0.04, 0.04)
+    shift_y: Range = (-0.04, 0.04)
+    zoom: Range = (0.9, 1.08)
     inspiration: Range = (-0.03, 0.025)  # shift of both domes
-    exposure: Range = (-0.07, 0.07)
+    exposure: Range = (-0.05, 0.05)
     contrast: Range = (0.88, 1.14)
-    noise: Range = (0.010, 0.026)  # standard deviation at 128 px
+    noise: Range = (0.008, 0.02)  # standard deviation at 128 px
 
 
 @dataclass(frozen=True)
 class SignRanges:
     """Strength of each sign from subtle to plain."""
 
-    severity_power: float = 1.0  # severity = uniform ** power; above 1 means more subtle signs
-    atelectasis_opacity: Range = (0.30, 0.85)
-    atelectasis_lift: Range = (0.015, 0.10)
-    cardiomegaly_ratio: Range = (0.515, 0.66)
-    effusion_height: Range = (0.035, 0.30)
-    infiltration_opacity: Range = (0.22, 0.65)
-    mass_radius: Range = (0.046, 0.105)
-    mass_opacity: Range = (0.45, 0.95)
-    nodule_radius: Range = (0.016, 0.038)
-    nodule_opacity: Range = (0.45, 1.0)
-    pneumonia_opacity: Range = (0.35, 0.9)
-    pneumothorax_rim: Range = (0.10, 0.50)  # share of the lung's width that is free air
+    severity_power: float = 0.8  # severity = uniform ** power; above 1 means more subtle signs
+    atelectasis_opacity: Range = (0.45, 0.95)
+    atelectasis_lift: Range = (0.025, 0.11)
+    cardiomegaly_ratio: Range = (0.505, 0.58)
+    effusion_height: Range = (0.06, 0.3)
+    infiltration_opacity: Range = (0.4, 0.9)
+    mass_radius: Range = (0.07, 0.135)
+    mass_opacity: Range = (0.55, 1.0)
+    nodule_radius: Range = (0.03, 0.042)
+    nodule_opacity: Range = (0.75, 1.0)
+    pneumonia_opacity: Range = (0.55, 1.0)
+    pneumothorax_rim: Range = (0.12, 0.52)  # share of the lung's width that is free air
     consolidation_opacity: Range = (0.45, 0.95)
-    edema_opacity: Range = (0.22, 0.75)
+    edema_opacity: Range = (0.1, 0.4)
     emphysema_flatten: Range = (0.25, 0.9)
-    emphysema_dark: Range = (0.05, 0.24)
+    emphysema_dark: Range = (0.05, 0.22)
     fibrosis_opacity: Range = (0.25, 0.8)
-    thickening_width: Range = (0.012, 0.050)
-    thickening_opacity: Range = (0.45, 0.9)
-    hernia_radius: Range = (0.045, 0.105)
-    hernia_gas: Range = (0.12, 0.38)
+    thickening_width: Range = (0.028, 0.08)
+    thickening_opacity: Range = (0.7, 0.95)
+    hernia_radius: Range = (0.048, 0.11)
+    hernia_gas: Range = (0.22, 0.45)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ class LabelRates:
     per_patient: Range = (1, 6)
     dense_empty: float = 0.18  # share of images without a finding
     dense_counts: tuple[float, ...] = (0.24, 0.30, 0.25, 0.14, 0.07)  # 1..5 findings: mean 2.5
-    # First-draw weights, in the order of FINDINGS; fitted so that every finding lies between 11 and 20 %.
-    dense_weights: tuple[float, ...] = (1.0,) * 14
+    dense_weights: tuple[float, ...] = (1.0,) * 14  # of the first finding drawn, in the order of FINDINGS
 
 
 @dataclass(frozen=True)

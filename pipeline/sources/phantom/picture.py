@@ -13,6 +13,7 @@ from pipeline.sources.phantom.shapes import Array, blur, smooth_noise
 from pipeline.sources.phantom.signs import RESHAPES, SIGNS
 
 _AP_HEART = 1.06  # the heart lies far from the detector in an AP view and is magnified
+_KNEE = np.float32(0.72)  # the display compresses densities above this instead of clipping them
 _NORMAL_RATIO = 0.497  # the largest cardiothoracic ratio without cardiomegaly
 
 
@@ -106,6 +107,8 @@ def _expose(scene: Scene, pose: Pose, rng: np.random.Generator) -> NDArray[np.ui
     grain = np.empty((size, size), np.float32)
     rng.standard_normal(out=grain, dtype=np.float32)
     density += grain * np.float32(pose.noise * min(2.0, (size / 128) ** 0.5))
+    over = np.maximum(density - _KNEE, 0)
+    density += (1 - _KNEE) * (1 - np.exp(-over / (1 - _KNEE))) - over
     return (np.clip(density, 0, 1) * 255).astype(np.uint8)
 
 

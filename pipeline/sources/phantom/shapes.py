@@ -23,7 +23,7 @@ def grid(size: int) -> tuple[Array, Array]:
 
 def edge(distance: Array, width: float) -> Array:
     """A soft step: 0 where `distance` <= -width/2, 1 where >= width/2; same shape."""
-    return np.clip(distance * np.float32(1 / width) + np.float32(0.5), 0, 1)
+    return np.asarray(np.clip(distance * np.float32(1 / width) + np.float32(0.5), 0, 1))
 
 
 def radius(size: int, centre: tuple[float, float], radii: tuple[float, float], angle: float = 0.0) -> Array:
@@ -33,7 +33,7 @@ def radius(size: int, centre: tuple[float, float], radii: tuple[float, float], a
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     along = dx * (cos / np.float32(radii[0])) + dy * (sin / np.float32(radii[0]))
     across = dy * (cos / np.float32(radii[1])) - dx * (sin / np.float32(radii[1]))
-    return np.sqrt(along * along + across * across)
+    return np.asarray(np.sqrt(along * along + across * across))
 
 
 def bell(distance: Array) -> Array:

@@ -61,7 +61,7 @@ def reshape_pneumothorax(anatomy: Anatomy, severity: float, rng: Generator) -> A
 def atelectasis(scene: Scene, severity: float, rng: Generator) -> Array:
     """Plate-like bands above a raised hemidiaphragm, and a hazy collapsed base."""
     side = _side(rng)
-    region = np.zeros((scene.size, scene.size), np.float32)
+    region = scene.empty()
     for number in range(1 + round(2 * severity)):
         u = rng.random(4)
         centre = scene.anatomy.place(side, 0.30 + 0.35 * float(u[0]), 0.93 - 0.13 * number - 0.05 * float(u[1]))
@@ -84,7 +84,7 @@ def effusion(scene: Scene, severity: float, rng: Generator) -> Array:
     first = _side(rng)
     sides = SIDES if rng.random() < 0.3 else (first,)
     _, y = grid(scene.size)
-    region = np.zeros((scene.size, scene.size), np.float32)
+    region = scene.empty()
     anatomy = scene.anatomy
     for side in sides:
         height = at(_S.effusion_height, severity) * (1.0 if side == first else 0.6)
@@ -98,7 +98,7 @@ def effusion(scene: Scene, severity: float, rng: Generator) -> Array:
 
 def infiltration(scene: Scene, severity: float, rng: Generator) -> Array:
     """Ill-defined streaky haze in patches of both lungs."""
-    patches = np.clip(3.2 * (smooth_noise(rng, 7, scene.size) - 0.42), 0, 1)
+    patches = np.clip(3.2 * (smooth_noise(rng, 7, scene.size) - 0.38), 0, 1)
     grain = np.clip(1.9 * (smooth_noise(rng, 34, scene.size) - 0.22), 0, 1)
     zone = np.clip((scene.depth - 0.12) / 0.3, 0, 1)
     share = 0.55 + 0.45 * rng.random(2)
@@ -114,23 +114,24 @@ def _ball(scene: Scene, rng: Generator, size: float, sharp: float) -> Array:
     u = rng.random(5)
     centre = scene.anatomy.place(side, 0.22 + 0.62 * float(u[0]), 0.15 + 0.68 * float(u[1]))
     shape = radius(scene.size, centre, (size, size * (0.82 + 0.3 * float(u[2]))), 3.0 * float(u[3]))
-    return edge(1 - shape, sharp) * scene.lungs[side]
+    return edge(1 - shape, sharp) * (0.6 + 0.4 * bell(shape)) * scene.lungs[side]
 
 
 def mass(scene: Scene, severity: float, rng: Generator) -> Array:
     """A round opacity of more than 3 cm with a plain border."""
     region = _ball(scene, rng, at(_S.mass_radius, severity), 0.30)
     scene.fill(np.float32(at(_S.mass_opacity, severity)) * region)
+    scene.added += (0.04 + 0.10 * severity) * region
     return region
 
 
 def nodule(scene: Scene, severity: float, rng: Generator) -> Array:
-    """One to three round opacities of at most 3 cm."""
-    region = np.zeros((scene.size, scene.size), np.float32)
-    for _ in range(1 + int(rng.random() * (1 + 2 * severity))):
+    """One to six round opacities of at most 3 cm."""
+    region = scene.empty()
+    for _ in range(1 + int(rng.random() * (2 + 4 * severity))):
         region = np.maximum(region, _ball(scene, rng, at(_S.nodule_radius, severity), 0.5))
     scene.fill(np.float32(at(_S.nodule_opacity, severity)) * region)
-    scene.added += np.float32(0.05) * region
+    scene.added += (0.06 + 0.22 * severity) * region
     return region
 
 
@@ -139,16 +140,16 @@ def pneumonia(scene: Scene, severity: float, rng: Generator) -> Array:
     side = _side(rng)
     u = rng.random(4)
     middle = scene.anatomy.place(side, 0.25 + 0.35 * float(u[0]), 0.62 + 0.25 * float(u[1]))
-    region = np.zeros((scene.size, scene.size), np.float32)
-    for _ in range(5):
+    region = scene.empty()
+    for _ in range(7):
         v = rng.random(3)
-        centre = (middle[0] + 0.11 * (float(v[0]) - 0.5), middle[1] + 0.15 * (float(v[1]) - 0.5))
-        spot = 0.05 + 0.035 * float(v[2])
+        centre = (middle[0] + 0.16 * (float(v[0]) - 0.5), middle[1] + 0.22 * (float(v[1]) - 0.5))
+        spot = 0.055 + 0.035 * float(v[2])
         region = 1 - (1 - region) * (1 - 0.75 * bell(radius(scene.size, centre, (spot, spot)) / 1.25))
-    region = region * (0.75 + 0.5 * smooth_noise(rng, 26, scene.size)).clip(0, 1) * scene.lungs[side]
+    region = region * np.minimum(0.75 + 0.5 * smooth_noise(rng, 26, scene.size), 1) * scene.lungs[side]
     bronchi = 0.5 * scene.vessels * (region > 0.4)
     scene.fill(np.float32(at(_S.pneumonia_opacity, severity)) * region * (1 - bronchi))
-    return region
+    return np.asarray(region)
 
 
 def pneumothorax(scene: Scene, severity: float, rng: Generator) -> Array:
@@ -163,7 +164,7 @@ def pneumothorax(scene: Scene, severity: float, rng: Generator) -> Array:
     width = max(0.011, 1.3 / scene.size) / max(scene.anatomy.width, 0.1)
     line = bell(np.clip(np.abs(outside) / np.float32(width * 1.1), 0, 1)) * lung
     scene.vessels *= 1 - free
-    scene.air *= 1 + np.float32(0.22 + 0.10 * severity) * free
+    scene.air *= 1 + np.float32(0.28 + 0.14 * severity) * free
     scene.fill(np.float32(0.16 * severity) * (lung - free).clip(0, 1))
     scene.added += np.float32(0.13) * line
     return np.asarray(np.maximum(free, line))
@@ -187,10 +188,10 @@ def consolidation(scene: Scene, severity: float, rng: Generator) -> Array:
 
 def edema(scene: Scene, severity: float, rng: Generator) -> Array:
     """Batwing haze around both hila, large blurred vessels, septal (Kerley B) lines at the bases."""
-    region = np.zeros((scene.size, scene.size), np.float32)
+    region = scene.empty()
     lines = []
     for side in SIDES:
-        wing = radius(scene.size, scene.anatomy.place(side, 0.18, 0.52), (0.17, 0.23), -side * 0.25)
+        wing = radius(scene.size, scene.anatomy.place(side, 0.30, 0.55), (0.15, 0.24), -side * 0.25)
         region += bell(wing / 1.25) * scene.lungs[side]
         for number in range(5):
             start = scene.anatomy.place(side, 0.99, 0.80 + 0.05 * number)
@@ -222,11 +223,11 @@ def emphysema(scene: Scene, severity: float, rng: Generator) -> Array:
 
 def fibrosis(scene: Scene, severity: float, rng: Generator) -> Array:
     """A coarse net of lines, densest at the bases and the periphery."""
-    net = np.zeros((scene.size, scene.size), np.float32)
+    net = scene.empty()
     for cells in (24, 40):
         ridge = np.abs(smooth_noise(rng, cells, scene.size) - 0.5)
         net = np.maximum(net, np.clip(1 - ridge / 0.16, 0, 1))
-    zone = np.zeros((scene.size, scene.size), np.float32)
+    zone = scene.empty()
     for side in SIDES:
         rim = np.clip(0.25 + 0.75 * scene.lateral[side], 0, 1)
         zone += scene.lungs[side] * rim * np.clip((scene.depth - 0.35) / 0.5, 0.08, 1)
@@ -235,13 +236,15 @@ def fibrosis(scene: Scene, severity: float, rng: Generator) -> Array:
 
 
 def pleural_thickening(scene: Scene, severity: float, rng: Generator) -> Array:
-    """A smooth dense band along the ribs of one side, with a cap over the apex."""
+    """A smooth dense band along the ribs of one or both sides, with a cap over the apex."""
     side = _side(rng)
     u = rng.random(2)
     width = at(_S.thickening_width, severity) / scene.anatomy.width
     middle, reach = 0.30 + 0.35 * float(u[0]), 0.20 + 0.22 * float(u[1])
     swell = np.exp(-(((scene.depth - middle) / reach) ** 4)) + 0.9 * np.exp(-scene.depth / 0.10)
-    band = edge(scene.lateral[side] - (1 - np.float32(width) * swell), 0.03) * scene.lungs[side]
+    band = scene.empty()
+    for one in SIDES if rng.random() < 0.4 else (side,):
+        band += edge(scene.lateral[one] - (1 - width * swell), 0.03) * scene.lungs[one]
     scene.fill(np.float32(at(_S.thickening_opacity, severity)) * band)
     scene.added += np.float32(0.05) * band
     return np.asarray(band)

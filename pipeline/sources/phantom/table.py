@@ -1,20 +1,17 @@
 """The synthetic collection as a source table, and its image addresses `phantom://<profile>/<seed>/<index>`."""
 
 import re
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from mpc.errors import UserError
 from pipeline.config import PhantomConfig
+from pipeline.manifest import SourceTable, source_table
 from pipeline.sources.phantom.labels import FINDINGS, Profile, labels, patient, view
 from pipeline.sources.phantom.parameters import PHANTOM_VERSION, digest
 from pipeline.sources.phantom.picture import render
-
-if TYPE_CHECKING:
-    from pipeline.manifest import SourceTable
 
 _URI = re.compile(r"phantom://(dense|nih)/(\d+)/(\d+)")
 
@@ -38,31 +35,25 @@ def render_uri(address: str, size: int) -> NDArray[np.uint8]:
     return render(seed, index, profile, size)
 
 
-def source(config: PhantomConfig) -> "SourceTable":
+def source(config: PhantomConfig) -> SourceTable:
     """The first `config.images` synthetic images of a seed and profile; every label is known.
 
-    Ids hold the seed, so that tables of several seeds can be joined; sex and age band are the synthetic patient's.
+    Ids hold the seed, so that tables of several seeds can be joined. Every image is a study of its own. Sex and age
+    band are the synthetic patient's.
     """
-    from pipeline.manifest import SourceTable
-
     seed, profile, indices = config.seed, config.profile, range(config.images)
     people = [patient(seed, index) for index in indices]
-    findings = np.stack([labels(seed, index, profile) for index in indices])
-    table = pa.table({
-        "image_id": [f"phantom-{profile}-{seed}-{index:08d}" for index in indices],
-        "patient_id": [f"phantom-{seed}-p{person.number:08d}" for person in people],
-        "study_id": [f"phantom-{seed}-p{person.number:08d}-s{person.study}" for person in people],
-        "view": [view(seed, index) for index in indices],
-        "uri": [uri(seed, index, profile) for index in indices],
-        "split": pa.nulls(config.images, pa.string()),
-        "labels": pa.FixedSizeListArray.from_arrays(pa.array(findings.ravel(), pa.int8()), len(FINDINGS)),
-        "sex": [person.sex for person in people],
-        "age_band": [f"{person.age // 20 * 20}-{person.age // 20 * 20 + 19}" for person in people],
-    })  # fmt: skip
-    return SourceTable(
-        table=table,
-        findings=FINDINGS,
-        name=f"phantom-{profile} (synthetic)",
-        synthetic=True,
-        digests={"phantom_version": str(PHANTOM_VERSION), "phantom_parameters": digest()},
+    table = source_table(
+        {
+            "image_id": [f"phantom-{profile}-{seed}-{index:08d}" for index in indices],
+            "patient_id": [f"phantom-{seed}-p{person.number:08d}" for person in people],
+            "study_id": [f"phantom-{seed}-p{person.number:08d}-s{person.study}" for person in people],
+            "view": [view(seed, index) for index in indices],
+            "uri": [uri(seed, index, profile) for index in indices],
+            "sex": [person.sex for person in people],
+            "age_band": [person.age_band for person in people],
+        },
+        np.stack([labels(seed, index, profile) for index in indices]),
     )
+    digests = {"phantom_version": str(PHANTOM_VERSION), "phantom_parameters": digest()}
+    return SourceTable(table, FINDINGS, f"phantom-{profile} (synthetic)", synthetic=True, digests=digests)
