@@ -1,6 +1,8 @@
 """A checkpoint at work: from square grey images to probabilities. Needs no Ray, so that a server can carry it alone."""
 
+import hashlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -9,13 +11,16 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from mpc.build import build_model
-from mpc.checkpoint import load_into, read_info
+from mpc.checkpoint import INFO, load_into, read_info
 from mpc.config import CheckpointInfo
+from mpc.errors import UserError
 from mpc.model import Classifier
 from pipeline.config import RunConfig
 
 DEFAULT_THRESHOLD = 0.5
 DEFAULT_FLAG = "default_threshold"
+REGISTERED_FILE = "registered.txt"
+"""In a downloaded checkpoint: which version of the registry it is."""
 
 
 class LoadedModel(NamedTuple):
@@ -62,3 +67,44 @@ def thresholds(info: CheckpointInfo) -> tuple[NDArray[np.float64], tuple[bool, .
     chosen = [info.thresholds.get(name) for name in info.findings]
     values = [DEFAULT_THRESHOLD if value is None else value for value in chosen]
     return np.array(values), tuple(value is None for value in chosen)
+
+
+class Packed(NamedTuple):
+    """A checkpoint as bytes, for workers that do not see the driver's disk."""
+
+    info: bytes
+    weights: bytes
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of both."""
+        return hashlib.sha256(self.info + self.weights).hexdigest()
+
+
+def version_of(checkpoint: Path, info: CheckpointInfo, packed: Packed) -> str:
+    """`NAME/3` of a registered model, else the checkpoint's step and the start of its digest."""
+    registered = checkpoint / REGISTERED_FILE
+    if registered.is_file():
+        return registered.read_text(encoding="utf-8").strip()
+    return f"step-{info.step}-{packed.digest[:12]}"
+
+
+def pack(checkpoint: Path) -> Packed:
+    """Metadata and averaged weights of a checkpoint as bytes.
+
+    Raises:
+        UserError: no checkpoint there.
+    """
+    read_info(checkpoint)
+    weights = next((path for kind in ("ema", "model") if (path := checkpoint / f"{kind}.safetensors").is_file()), None)
+    if weights is None:
+        raise UserError(f"{checkpoint}: no ema.safetensors nor model.safetensors; give a whole checkpoint")
+    return Packed((checkpoint / INFO).read_bytes(), weights.read_bytes())
+
+
+def unpack(packed: Packed, device: str) -> LoadedModel:
+    """The network of a packed checkpoint, on `device`."""
+    with TemporaryDirectory(prefix="mpc-cxr-") as folder:
+        (Path(folder) / INFO).write_bytes(packed.info)
+        (Path(folder) / "model.safetensors").write_bytes(packed.weights)
+        return load_model(Path(folder), device)

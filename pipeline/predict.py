@@ -1,11 +1,9 @@
 """Findings of any images: decoded and scored by Ray Data tasks, written as a long table, one bad file one row."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,10 +19,9 @@ from mpc.errors import UserError
 from pipeline import pixels, runtime, storage
 from pipeline.decode import DecodeError
 from pipeline.images import find_images, plain
-from pipeline.inference import DEFAULT_FLAG, LoadedModel, best_device, load_model, thresholds
+from pipeline.inference import DEFAULT_FLAG, LoadedModel, Packed, best_device, pack, thresholds, unpack, version_of
 
 FINDINGS_FILE = "findings.parquet"
-REGISTERED_FILE = "registered.txt"  # which version of the registry a downloaded checkpoint is
 REMOTE_READS = 8  # files fetched at a time from object storage, where latency bounds
 
 SCHEMA = pa.schema(
@@ -51,18 +48,6 @@ class PredictSummary(NamedTuple):
     failed: int
     out: str
     """The file that was written."""
-
-
-class Packed(NamedTuple):
-    """A checkpoint as bytes, for workers that do not see the driver's disk."""
-
-    info: bytes
-    weights: bytes
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of both."""
-        return hashlib.sha256(self.info + self.weights).hexdigest()
 
 
 def predict(
@@ -103,27 +88,6 @@ def predict(
     if done != len(sources):
         raise RuntimeError(f"scored {done} of {len(sources)} images; every image must be scored exactly once")
     return PredictSummary(done, failed, target)
-
-
-def version_of(checkpoint: Path, info: CheckpointInfo, packed: Packed) -> str:
-    """`NAME/3` of a registered model, else the checkpoint's step and the start of its digest."""
-    registered = checkpoint / REGISTERED_FILE
-    if registered.is_file():
-        return registered.read_text(encoding="utf-8").strip()
-    return f"step-{info.step}-{packed.digest[:12]}"
-
-
-def pack(checkpoint: Path) -> Packed:
-    """Metadata and averaged weights of a checkpoint as bytes.
-
-    Raises:
-        UserError: no checkpoint there.
-    """
-    read_info(checkpoint)
-    weights = next((path for kind in ("ema", "model") if (path := checkpoint / f"{kind}.safetensors").is_file()), None)
-    if weights is None:
-        raise UserError(f"{checkpoint}: no ema.safetensors nor model.safetensors; give a whole checkpoint")
-    return Packed((checkpoint / "checkpoint.json").read_bytes(), weights.read_bytes())
 
 
 def long_table(scored: pa.Table, info: CheckpointInfo, version: str) -> pa.Table:
@@ -203,7 +167,7 @@ class _Scorer:
     """Holds the network on a GPU."""
 
     def __init__(self, model: "ray.ObjectRef[Packed]") -> None:
-        self.loaded = _unpack(ray.get(model), best_device())
+        self.loaded = unpack(ray.get(model), best_device())
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return _with_probabilities(self.loaded, batch)
@@ -212,19 +176,11 @@ class _Scorer:
 @lru_cache(maxsize=1)
 def _held(model: "ray.ObjectRef[Packed]") -> LoadedModel:
     """The network of this process."""
-    return _unpack(ray.get(model), "cpu")
+    return unpack(ray.get(model), "cpu")
 
 
 def _score(batch: pa.Table, model: "ray.ObjectRef[Packed]") -> pa.Table:
     return _with_probabilities(_held(model), batch)
-
-
-def _unpack(packed: Packed, device: str) -> LoadedModel:
-    """Loads a packed checkpoint."""
-    with TemporaryDirectory(prefix="mpc-cxr-") as folder:
-        (Path(folder) / "checkpoint.json").write_bytes(packed.info)
-        (Path(folder) / "model.safetensors").write_bytes(packed.weights)
-        return load_model(Path(folder), device)
 
 
 def _with_probabilities(loaded: LoadedModel, batch: pa.Table) -> pa.Table:
