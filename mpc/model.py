@@ -1,11 +1,9 @@
 """The network: a timm backbone with one linear head, the batch encoder of BTC, and the evaluation average."""
 
-import io
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load as load_safetensors
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -112,7 +110,7 @@ def build(
         backbone: timm model name.
         num_findings: K.
         weights: `imagenet` takes timm's own (needs a network); anything else starts from `tensors` or at random.
-        tensors: pretrained weights as `read_tensors` gives them.
+        tensors: pretrained weights as `mpc.weights.read_tensors` gives them.
         drop: dropout rate inside the backbone.
         mean: of pixels in [0, 1].
         std: of pixels in [0, 1].
@@ -130,27 +128,6 @@ def build(
         fit_weights(network, tensors, weights)
     num_features = int(getattr(network, "head_hidden_size", None) or network.num_features)
     return Classifier(network, num_features, num_findings, mean=mean, std=std, amp=amp)
-
-
-def read_tensors(data: bytes, name: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or .pth file; nothing is unpickled but tensors.
-
-    Raises:
-        UserError: the file is of another kind or holds something else.
-    """
-    if name.endswith(".safetensors"):
-        tensors: dict[str, Tensor] = load_safetensors(data)
-        return tensors
-    try:
-        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"model.weights {name}: not a file of tensors alone ({type(error).__name__}); use .safetensors or .pth"
-        ) from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(f"model.weights {name}: holds no mapping of names to tensors; save a state_dict")
-    return loaded
 
 
 def fit_weights(network: nn.Module, tensors: dict[str, Tensor], name: str) -> None:

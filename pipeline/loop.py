@@ -24,7 +24,8 @@ from mpc.build import build_method, build_model
 from mpc.config import CheckpointInfo
 from mpc.errors import UserError
 from mpc.method import Batch, Method, Progress, StepOutput
-from mpc.model import Classifier, Ema, read_tensors
+from mpc.model import Classifier, Ema
+from mpc.weights import read_tensors
 from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig

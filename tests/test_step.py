@@ -1,5 +1,7 @@
 """Hand-checked values and structure of the MPC step: section 7 of docs/method.md."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -13,6 +15,7 @@ from mpc.method import Batch, Progress
 from mpc.model import BatchEncoder, Classifier, Ema, build, fit_weights
 from mpc.pseudo import Alignment, align, threshold
 from mpc.step import Mpc
+from mpc.weights import read_tensors
 
 
 def probabilities(*rows: list[float]) -> Tensor:
@@ -260,3 +263,14 @@ def test_colour_weights_fit_a_grey_backbone_by_name_and_by_order() -> None:
 def test_an_unknown_backbone_is_named() -> None:
     with pytest.raises(UserError, match="densenet1221"):
         build("densenet1221", 4)
+
+
+def test_weights_are_read_without_unpickling_anything_else(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3.0)}
+    torch.save({"state_dict": tensors}, tmp_path / "w.pth")
+    assert torch.equal(read_tensors((tmp_path / "w.pth").read_bytes(), "w.pth")["a"], tensors["a"])
+    torch.save({"a": Path("x")}, tmp_path / "object.pth")  # an object that only pickle could bring back
+    for content in ((tmp_path / "object.pth").read_bytes(), b"no file of tensors"):
+        for name in ("w.pth", "w.safetensors"):
+            with pytest.raises(UserError, match=r"model\.weights w"):
+                read_tensors(content, name)
