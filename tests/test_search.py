@@ -1,0 +1,182 @@
+"""Searches with real Ray Tune: spaces, early stopping, lone failures, resumption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpc.checkpoint import read_info
+from mpc.errors import UserError
+from pipeline.config import RunConfig
+from pipeline.record import MetricsLog
+from tuning import space as spaces
+from tuning.config import SearchConfig
+from tuning.search import SearchResult, concurrency, search
+from tuning.space import Dimension, Space
+
+BASE = RunConfig.model_validate(
+    {
+        "model": {"backbone": "test_efficientnet_gn"},
+        "loss": {"lambda_btc": 0.0, "lambda_fpc": 0.0, "warmup_epochs": 0.2, "ramp_epochs": 0.2},
+        "data": {"tasks": 1, "task_cpus": 0.25},
+        "train": {"epochs": 3, "batch_size": 64, "worker_cpus": 0.75},
+    }
+)
+LOSS = {"metric": "loss_sup", "mode": "min", "cpus_for_data": 0.5}
+
+
+def write_space(folder: Path, text: str) -> str:
+    path = folder / "space.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def epochs_of(out: Path) -> dict[str, int]:
+    return {f.parent.name: len(f.read_text().splitlines()) for f in out.glob("trials/*/metrics.jsonl")}
+
+
+def test_a_space_is_read_as_it_is_written(tmp_path: Path) -> None:
+    text = """
+        optim.lr: {loguniform: [0.0003, 0.01]}
+        views.strong.ops: {int: [1, 3]}
+        views.red.rms: {quniform: [0.0, 0.014, 0.002]}
+        loss.sup: {choice: [an, wan]}
+    """
+    space = spaces.load(write_space(tmp_path, text), RunConfig())
+    assert space.dimensions[0] == Dimension("optim.lr", "loguniform", (0.0003, 0.01))
+    domains = space.param_space()
+    drawn = [{path: domain.sample() for path, domain in domains.items()} for _ in range(200)]
+    assert {d["views.strong.ops"] for d in drawn} == {1, 2, 3}  # both ends belong to it
+    assert {round(d["views.red.rms"], 6) for d in drawn} <= {0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014}
+    run = spaces.apply(BASE, drawn[0], "trial")
+    assert run.optim.lr == drawn[0]["optim.lr"]
+    assert run.train == BASE.train
+    for shipped in ("demo", "mpc"):
+        assert spaces.load(shipped, RunConfig()).dimensions
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.lrr: {uniform: [0.1, 0.2]}", "did you mean optim.lr?"),
+        ("optim.lr: {normal: [0.1, 0.2]}", "unknown domain normal"),
+        ("optim.lr: {uniform: [0.2, 0.1]}", "lower bound 0.2"),
+        ("optim.lr: {loguniform: [0, 0.1]}", "above 0"),
+        ("optim.lr: {uniform: [0.1]}", "takes 2 numbers"),
+        ("views.strong.ops: {int: [0, 9]}", "views.strong.ops"),
+        ("loss.sup: {choice: [an, wun]}", "loss.sup"),
+        ("optim.lr: 0.1", "needs one domain"),
+        ("[1, 2", "not valid YAML"),
+        ("", "holds no mapping"),
+    ],
+)
+def test_a_wrong_space_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        spaces.load(write_space(tmp_path, text), RunConfig())
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_space_that_does_not_exist_names_those_that_do() -> None:
+    with pytest.raises(UserError, match="demo, mpc"):
+        spaces.load("mcp", RunConfig())
+
+
+def test_concurrency_keeps_cpus_for_data() -> None:
+    config = SearchConfig(cpus_for_data=1.0)
+    wide = BASE.model_copy(update={"train": BASE.train.model_copy(update={"worker_cpus": 1.0})})
+    assert concurrency(wide, config, {"CPU": 2.0}) == 1
+    assert concurrency(wide, config, {"CPU": 16.0}) == 15
+    assert concurrency(wide, SearchConfig(cpus_for_data=1.0, max_concurrent=4), {"CPU": 16.0}) == 4
+    with pytest.raises(UserError, match=r"search\.cpus_for_data"):
+        concurrency(wide, config, {"CPU": 1.0})
+
+
+def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(phantom_data: str, tmp_path: Path) -> None:
+    # heads: 5 does not divide the network's 256 features, so that trial fails; a rate of 1e-9 learns nothing
+    text = "optim.lr: {choice: [0.003, 0.000000001]}\nbtc.heads: {choice: [4, 4, 5]}"
+    base = BASE.model_copy(update={"loss": BASE.loss.model_copy(update={"lambda_btc": 0.1})})
+    config = SearchConfig(
+        **LOSS,
+        searcher="random",
+        max_trials=7,
+        max_concurrent=1,
+        grace_epochs=1,
+        reduction_factor=2,
+        keep_trials=1,
+        seed=2,
+    )
+    out = tmp_path / "search"
+    result = search(base, config, spaces.load(write_space(tmp_path, text), base), phantom_data, str(out))
+    failed = [t for t in result.trials if t.status == "failed"]
+    bad = [t for t in result.trials if t.status != "failed" and t.params["optim.lr"] < 1e-3]
+    assert failed, "the seed draws a failing trial"
+    assert bad, "the seed draws a bad trial"
+    assert all("btc.heads 5" in t.error and t.params["btc.heads"] == 5 for t in failed)
+    assert all(t.status == "stopped" and t.epochs < 3 for t in bad)
+    assert result.best.params["optim.lr"] == 0.003
+    assert result.best.epochs == 3
+    check_what_lies_there(out, result, keep=1)
+
+
+def check_what_lies_there(out: Path, result: SearchResult, keep: int) -> None:
+    record = json.loads((out / "search.json").read_text())
+    assert record["best"] == result.best.trial_id
+    assert [t["trial_id"] for t in record["trials"]] == [t.trial_id for t in result.trials]
+    history = MetricsLog(str(out / "trials" / result.best.trial_id)).read()
+    assert min(line["loss_sup"] for line in history) == result.best.value
+    info = read_info(Path(result.best_checkpoint))
+    assert info.config["optim"]["lr"] == result.best.params["optim.lr"]
+    with_weights = {path.parents[1].name for path in (out / "tune").rglob("model.safetensors")}
+    assert len(with_weights) == keep  # the other trials' checkpoints are gone
+
+
+KILLED_SEARCH = """
+import sys
+from pathlib import Path
+from pipeline.config import RunConfig
+from tuning import space
+from tuning.config import SearchConfig
+from tuning.search import search
+data, out, run, config, yaml, resume = sys.argv[1:]
+run = RunConfig.model_validate_json(run)
+search(run, SearchConfig.model_validate_json(config), space.load(yaml, run), data, out, resume=resume == "resume")
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_data: str, tmp_path: Path) -> None:
+    yaml = write_space(tmp_path, "optim.lr: {loguniform: [0.001, 0.01]}")
+    config = SearchConfig(**LOSS, scheduler="none", max_trials=4, max_concurrent=1)
+    out = tmp_path / "search"
+
+    def start(resume: str = "") -> subprocess.Popen[bytes]:
+        arguments = [phantom_data, str(out), BASE.model_dump_json(), config.model_dump_json(), yaml, resume]
+        return subprocess.Popen([sys.executable, "-c", KILLED_SEARCH, *arguments], start_new_session=True)
+
+    killed = start()
+    deadline = time.monotonic() + 240
+    while sorted(epochs_of(out).values())[-2:] != [1, 3]:  # the first trial is through, the second in the middle
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    first = next(name for name, epochs in epochs_of(out).items() if epochs == 3)
+    written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns
+    assert start("resume").wait(timeout=400) == 0
+    record = json.loads((out / "search.json").read_text())
+    assert [t["status"] for t in record["trials"]] == ["finished"] * 4
+    assert epochs_of(out) == {t["trial_id"]: 3 for t in record["trials"]}
+    assert (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_there_must_be_a_search_to_resume(phantom_data: str, tmp_path: Path) -> None:
+    space = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
+    with pytest.raises(UserError, match="holds no search to resume"):
+        search(BASE, SearchConfig(**LOSS), space, phantom_data, str(tmp_path / "nothing"), resume=True)
