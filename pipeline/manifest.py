@@ -136,7 +136,9 @@ def check(table: pa.Table, findings: Sequence[str]) -> None:
     check_unique(table["image_id"])
     labels, known = matrix(table["labels"]), matrix(table["known"])
     if not np.isin(labels, (0, 1)).all():
-        raise UserError(f"manifest labels hold {sorted(set(np.unique(labels)) - {0, 1})}; apply the label policy first")
+        raise UserError(
+            f"manifest labels hold {sorted(set(np.unique(labels).tolist()) - {0, 1})}; apply the label policy first"
+        )
     if (labels.astype(bool) & ~known.astype(bool)).any():
         raise UserError("manifest has positive labels that are not known; unknown entries carry label 0")
     foreign = sorted(set(pc.unique(table["split"]).to_pylist()) - {*SPLITS, UNLABELLED})

@@ -231,6 +231,8 @@ def _finish(config: PrepareConfig, found: Survey, out: str, plan: str, records: 
     quarantine = pa.concat_tables([source.quarantine, pa.Table.from_pylist(faults, schema=QUARANTINE_SCHEMA)])
     with storage.open_output(storage.join(out, QUARANTINE_FILE)) as stream:
         pq.write_table(quarantine, stream)
+    for leftover in storage.list_files(storage.join(out, SHARD_FOLDER), (storage.TEMPORARY,)):
+        storage.delete(leftover)
     shards = tuple(record.shard for record in records if record.shard.rows)
     card = DatasetCard(
         name=source.name, synthetic=source.synthetic, findings=source.findings, image_size=config.image_size,

@@ -18,6 +18,8 @@ CONNECT_SECONDS = 3.0
 REQUEST_SECONDS = 60.0
 ATTEMPTS = 8
 """Tries of one request, with the AWS SDK's own exponential back-off; AWS_MAX_ATTEMPTS overrides it."""
+TEMPORARY = ".tmp"
+"""Suffix of a local file that is still being written; a killed process may leave one behind."""
 OPTIONS = ("endpoint_override", "scheme", "region")
 
 
@@ -108,7 +110,7 @@ def open_output(uri: str) -> Iterator[Any]:
                 yield stream
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(f"{path}.{uuid4().hex}.tmp")
+        temporary = Path(f"{path}.{uuid4().hex}{TEMPORARY}")
         try:
             with filesystem.open_output_stream(str(temporary)) as stream:
                 yield stream

@@ -1,0 +1,161 @@
+"""manifest, policy and split: label codes by hand, patients never torn apart, one clear line for every fault."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mpc.errors import UserError
+from pipeline import manifest, policy, split
+from pipeline.config import PolicyConfig, SplitConfig
+from pipeline.manifest import SourceTable, keep_findings, list_column, matrix, source_table
+
+FINDINGS = ("Effusion", "Mass", "Nodule")
+CODES = np.array([[1, 0, -1], [0, -2, 1], [-1, -1, -2], [0, 0, 0]], np.int8)
+
+
+def a_source(codes=CODES, **columns) -> SourceTable:
+    rows = range(len(codes))
+    defaults = {
+        "image_id": [f"i{row}" for row in rows],
+        "patient_id": [f"p{row}" for row in rows],
+        "uri": [f"/data/{row}.png" for row in rows],
+    }
+    return SourceTable(source_table(defaults | columns, codes), FINDINGS, "test", synthetic=True)
+
+
+def many(patients: int = 2000, each: int = 3) -> pa.Table:
+    ids = [f"{p}-{i}" for p in range(patients) for i in range(each)]
+    owners = [f"patient{p}" for p in range(patients) for _ in range(each)]
+    codes = np.ones((len(ids), 3), np.int8)
+    return policy.apply(a_source(codes, image_id=ids, patient_id=owners, uri=ids), PolicyConfig())[0]
+
+
+@pytest.mark.parametrize(
+    ("uncertain", "blank", "labels", "known"),
+    [
+        ("zeros", "zeros", [[1, 0, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]], [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 1]]),
+        ("ones", "ignore", [[1, 0, 1], [0, 0, 1], [1, 1, 0], [0, 0, 0]], [[1, 1, 1], [1, 0, 1], [1, 1, 0], [1, 1, 1]]),
+        ("ignore", "ones", [[1, 0, 0], [0, 1, 1], [0, 0, 1], [0, 0, 0]], [[1, 1, 0], [1, 1, 1], [0, 0, 1], [1, 1, 1]]),
+    ],
+)
+def test_policy_by_hand(uncertain, blank, labels, known):
+    table, counts = policy.apply(a_source(), PolicyConfig(uncertain=uncertain, blank=blank))
+    np.testing.assert_array_equal(matrix(table["labels"]), labels)
+    np.testing.assert_array_equal(matrix(table["known"]), np.array(known, bool))
+    assert counts["Nodule"].as_dict() == {"positive": 1, "negative": 1, "uncertain": 1, "blank": 1}
+    assert counts["Effusion"].as_dict() == {"positive": 1, "negative": 2, "uncertain": 1, "blank": 0}
+
+
+def test_findings_are_chosen_and_reordered():
+    kept = keep_findings(a_source(), ("Nodule", "Effusion"))
+    assert kept.findings == ("Nodule", "Effusion")
+    np.testing.assert_array_equal(matrix(kept.table["labels"]), CODES[:, [2, 0]])
+    np.testing.assert_array_equal(matrix(kept.table["labels"].slice(1, 2)), CODES[1:3, [2, 0]])
+    with pytest.raises(UserError, match=r"Cough.*choose from Effusion, Mass, Nodule"):
+        keep_findings(a_source(), ("Cough",))
+    with pytest.raises(UserError, match="twice"):
+        keep_findings(a_source(), ("Mass", "Mass"))
+
+
+def test_hash_split_is_by_patient_stable_and_of_the_asked_size():
+    table = many()
+    assigned = split.assign(table, SplitConfig(by="hash", val=0.1, test=0.2))
+    by_patient: dict[str, set[str]] = {}
+    for patient, name in zip(assigned["patient_id"].to_pylist(), assigned["split"].to_pylist(), strict=True):
+        by_patient.setdefault(patient, set()).add(name)
+    assert all(len(names) == 1 for names in by_patient.values())
+    shares = {name: sum(names == {name} for names in by_patient.values()) / 2000 for name in manifest.SPLITS}
+    assert shares["val"] == pytest.approx(0.1, abs=0.02)
+    assert shares["test"] == pytest.approx(0.2, abs=0.03)
+    order = np.random.default_rng(0).permutation(len(table))
+    shuffled = split.assign(table.take(order), SplitConfig(by="hash", val=0.1, test=0.2))
+    assert shuffled["split"].to_pylist() == assigned["split"].take(order).to_pylist()
+    salted = split.assign(table, SplitConfig(by="hash", val=0.1, test=0.2, salt="other"))
+    assert salted["split"].to_pylist() != assigned["split"].to_pylist()
+
+
+def test_the_hash_of_one_patient_by_hand():
+    draw = int.from_bytes(hashlib.blake2b(b"mpc-cxr:patient7", digest_size=8).digest(), "big") / 2**64
+    expected = "test" if draw < 0.2 else "val" if draw < 0.5 else "train"
+    assigned = split.assign(many(), SplitConfig(by="hash", val=0.3, test=0.2))
+    row = assigned["patient_id"].to_pylist().index("patient7")
+    assert assigned["split"][row].as_py() == expected
+
+
+def test_official_test_is_kept_and_val_is_carved_from_training_patients():
+    table = many(500, 2)
+    official = ["test" if row < 200 else "train" for row in range(1000)]
+    table = table.set_column(table.schema.get_field_index("split"), "split", pa.array(official))
+    assigned = split.assign(table, SplitConfig(val=0.25))["split"].to_pylist()
+    assert assigned[:200] == ["test"] * 200
+    assert assigned[200:].count("val") / 800 == pytest.approx(0.25, abs=0.06)
+    ignored = split.assign(table, SplitConfig(by="hash", val=0.25))["split"].to_pylist()
+    assert ignored[:200] != ["test"] * 200
+    own = ["test", "val"] + ["train"] * 8
+    complete = many(10, 1)
+    complete = complete.set_column(complete.schema.get_field_index("split"), "split", pa.array(own))
+    assert split.assign(complete, SplitConfig(val=0.5))["split"].to_pylist() == own
+
+
+def with_split(table: pa.Table, values: list[str | None]) -> pa.Table:
+    return table.set_column(table.schema.get_field_index("split"), "split", pa.array(values, pa.string()))
+
+
+def test_split_faults():
+    table = many(4, 2)
+    with pytest.raises(UserError, match=r"2 of 8 images are in no official list, first '3-0'"):
+        split.assign(with_split(table, ["train"] * 6 + [None] * 2), SplitConfig())
+    with pytest.raises(UserError, match=r"patient 'patient0' has images in test and train"):
+        split.assign(with_split(table, ["test"] + ["train"] * 6 + ["val"]), SplitConfig())
+    with pytest.raises(UserError, match=r"split 'val' is empty \(8 images"):
+        split.assign(table, SplitConfig(by="hash", val=0.0, test=0.5))
+
+
+def test_training_rows_without_known_positive_are_set_apart():
+    table, _ = policy.apply(a_source(split=["train", "train", "train", "test"]), PolicyConfig(uncertain="ignore"))
+    apart = split.set_apart(table)["split"].to_pylist()
+    assert apart == ["train", "train", "unlabelled", "test"]
+
+
+def good() -> pa.Table:
+    table, _ = policy.apply(a_source(split=["train", "val", "test", "train"]), PolicyConfig())
+    return table.cast(manifest.schema(3))
+
+
+def test_check_accepts_and_names_each_fault():
+    manifest.check(good(), FINDINGS)
+
+    def changed(name: str, values) -> pa.Table:
+        table = good()
+        position = table.schema.get_field_index(name)
+        column = list_column(values) if name in ("labels", "known") else pa.array(values, pa.string())
+        return table.set_column(position, table.schema.field(position), column)
+
+    labels = np.zeros((4, 3), np.int8)
+    labels[0, 0] = 2
+    unknown = np.ones((4, 3), bool)
+    unknown[0, 0] = False
+    cases = [
+        (good().drop_columns("view"), "columns are"),
+        (changed("image_id", ["i0", "i1", "i1", "i3"]), "image id 'i1' occurs twice"),
+        (changed("patient_id", ["p", "p", "q", "r"]), r"patient 'p' has images in train and val"),
+        (changed("patient_id", ["", "p", "q", "r"]), "rows without patient_id"),
+        (changed("split", ["train", "val", "test", "dev"]), "split 'dev'"),
+        (changed("labels", labels), r"labels hold \[2\]"),
+        (changed("known", unknown), "positive labels that are not known"),
+    ]
+    for table, words in cases:
+        with pytest.raises(UserError, match=words):
+            manifest.check(table, FINDINGS)
+    with pytest.raises(UserError, match="columns are"):
+        manifest.check(good(), FINDINGS[:2])
+
+
+def test_unlabelled_belongs_to_training_in_the_search_for_leaks():
+    patients = pa.chunked_array([["p", "p", "q", "q"]])
+    assert manifest.leaked_patients(patients, pa.chunked_array([["train", "unlabelled", "val", "val"]])) == {}
+    assert manifest.leaked_patients(patients, pa.chunked_array([["train", "train", "val", "unlabelled"]])) == {
+        "q": ["train", "val"]
+    }

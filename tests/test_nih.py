@@ -1,0 +1,161 @@
+"""NIH source: its layouts, its lists, and one clear line for whatever does not match."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mpc.errors import UserError
+from pipeline.config import PrepareConfig
+from pipeline.manifest import matrix
+from pipeline.sources import open_source
+from pipeline.sources.phantom.labels import FINDINGS
+
+HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height]"  # so the collection has it: two columns of a name with a comma
+)
+ROWS = [
+    ("00000001_000.png", "Cardiomegaly|Emphysema", "1", "57", "M", "PA"),
+    ("00000001_001.png", "No Finding", "1", "58", "M", "AP"),
+    ("00000002_000.png", "Hernia", "2", "81", "F", "PA"),
+]
+
+
+def collection(root: Path, rows=ROWS, folders=("images",), header=HEADER, table="Data_Entry_2017_v2020.csv") -> Path:
+    lines = [f"{name},{labels},0,{patient},{age},{sex},{view},2,3" for name, labels, patient, age, sex, view in rows]
+    root.mkdir(parents=True, exist_ok=True)
+    (root / table).write_text("\n".join([header, *lines]) + "\n")
+    rng = np.random.default_rng(0)
+    for position, row in enumerate(rows):
+        folder = root / folders[position % len(folders)]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8)).save(folder / row[0])
+    return root
+
+
+def opened(root: Path, **config):
+    return open_source(PrepareConfig(source="nih", **config), str(root))
+
+
+def faults(source) -> list[tuple[str, str]]:
+    return [(row["source"].rpartition("/")[2], row["reason"]) for row in source.quarantine.to_pylist()]
+
+
+def test_table_labels_and_paths(tmp_path):
+    source = opened(collection(tmp_path))
+    assert source.findings == FINDINGS
+    assert not source.synthetic
+    table = source.table
+    assert table["image_id"].to_pylist() == ["00000001_000", "00000001_001", "00000002_000"]
+    assert table["patient_id"].to_pylist() == ["1", "1", "2"]
+    assert table["view"].to_pylist() == ["PA", "AP", "PA"]
+    assert table["uri"][2].as_py() == str(tmp_path / "images" / "00000002_000.png")
+    assert table["sex"].to_pylist() == ["M", "M", "F"]
+    assert table["age_band"].to_pylist() == ["40-59", "40-59", "80-99"]
+    assert table["split"].null_count == 3
+    names = [[FINDINGS[k] for k in np.flatnonzero(row)] for row in matrix(table["labels"])]
+    assert names == [["Cardiomegaly", "Emphysema"], [], ["Hernia"]]
+    assert list(source.digests) == ["Data_Entry_2017_v2020.csv"]
+    assert len(source.quarantine) == 0
+
+
+def test_no_finding_can_be_a_fifteenth_class(tmp_path):
+    source = opened(collection(tmp_path), findings=(*FINDINGS, "No Finding"))
+    np.testing.assert_array_equal(matrix(source.table["labels"])[:, 14], [0, 1, 0])
+    few = opened(tmp_path, findings=("Hernia", "Cardiomegaly"))
+    np.testing.assert_array_equal(matrix(few.table["labels"]), [[0, 1], [0, 0], [1, 0]])
+
+
+def test_the_layout_of_the_real_collection(tmp_path):
+    root = collection(tmp_path, folders=("images_001/images", "images_002/images"))
+    (root / "thumbnails").mkdir()
+    Image.new("L", (4, 4)).save(root / "thumbnails" / "00000009_000.png")
+    source = opened(root)
+    assert source.table["uri"][1].as_py() == str(root / "images_002" / "images" / "00000001_001.png")
+    assert len(source.quarantine) == 0
+
+
+def test_official_lists(tmp_path):
+    root = collection(tmp_path)
+    (root / "train_val_list.txt").write_text("00000001_000.png\n00000001_001.png\n")
+    (root / "test_list.txt").write_text("00000002_000.png\n")
+    source = opened(root)
+    assert source.table["split"].to_pylist() == ["train", "train", "test"]
+    assert list(source.digests) == ["Data_Entry_2017_v2020.csv", "test_list.txt", "train_val_list.txt"]
+    (root / "test_list.txt").write_text("00000002_000.png\n00000001_001.png\n")
+    with pytest.raises(UserError, match=r"00000001_001.png is in both"):
+        opened(root)
+    (root / "test_list.txt").unlink()
+    with pytest.raises(UserError, match=r"add test_list.txt"):
+        opened(root)
+
+
+def test_rows_without_image_and_images_without_row_are_kept_in_the_quarantine(tmp_path):
+    root = collection(tmp_path)
+    (root / "images" / "00000001_001.png").unlink()
+    Image.new("L", (4, 4)).save(root / "images" / "00000003_000.png")
+    source = opened(root)
+    assert len(source.table) == 2
+    assert faults(source) == [("00000001_001.png", "missing"), ("00000003_000.png", "unlisted")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"header": HEADER.replace("Patient ID", "PatientId")},
+            r"lacks the column\(s\) Patient ID; its header has Image",
+        ),
+        ({"rows": [("a.png", "Effusion|Cough", "1", "5", "M", "PA")]}, r"row 2: unknown finding 'Cough'"),
+        ({"rows": [("a.png", "No Finding|Mass", "1", "5", "M", "PA")]}, r"row 2: 'No Finding' beside a finding"),
+        ({"rows": [*ROWS, ("b.png", "Mass", "", "5", "M", "PA")]}, r"row 5: Patient ID is empty"),
+        ({"rows": [*ROWS, ROWS[0]]}, r"image id '00000001_000' occurs twice"),
+        ({"table": "labels.csv"}, r"holds no NIH table; expected Data_Entry_2017_v2020.csv"),
+        ({"folders": ("pictures",)}, r"no image of Data_Entry_2017_v2020.csv lies under"),
+        ({"rows": []}, r"has a header but no rows"),
+        ({"header": HEADER + ",extra"}, r"not a readable table"),
+    ],
+)
+def test_faults_are_one_line(tmp_path, change, words):
+    root = collection(tmp_path / "x", **change)
+    with pytest.raises(UserError, match=words) as caught:
+        opened(root)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_in_two_folders(tmp_path):
+    root = collection(tmp_path)
+    (root / "images_001" / "images").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(root / "images_001" / "images" / "00000001_000.png")
+    with pytest.raises(UserError, match=r"00000001_000.png lies in two folders"):
+        opened(root)
+
+
+def test_root_is_asked_for_and_refused_where_it_makes_no_sense(tmp_path):
+    with pytest.raises(UserError, match="needs --root"):
+        open_source(PrepareConfig(source="nih"), None)
+    with pytest.raises(UserError, match="leave --root out"):
+        open_source(PrepareConfig(), str(tmp_path))
+    with pytest.raises(UserError, match=r"does not exist|holds no NIH table"):
+        opened(tmp_path / "nowhere")
+
+
+def test_the_real_table(shared_data):
+    source = opened(shared_data / "nih-256")
+    assert len(source.table) == 746
+    assert len(set(source.table["patient_id"].to_pylist())) == 515
+    labels = matrix(source.table["labels"])
+    assert (labels.any(axis=1).sum(), (labels.sum(axis=1) >= 2).sum()) == (397, 302)
+    assert len(source.quarantine) == 0
+
+
+def test_the_table_of_all_112120_images_without_images(shared_data, tmp_path):
+    (tmp_path / "images").mkdir()
+    table = tmp_path / "Data_Entry_2017_v2020.csv.gz"
+    table.write_bytes((shared_data / "Data_Entry_2017_v2020.csv.gz").read_bytes())
+    Image.new("L", (4, 4)).save(tmp_path / "images" / "00000001_000.png")
+    source = opened(tmp_path)
+    assert len(source.table) == 1
+    assert len(source.quarantine) == 112_119
