@@ -208,6 +208,7 @@ prepare(phantoms(1200), None, sys.argv[1], progress=lambda done, total: print(do
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_without_decoding_finished_shards_again(tmp_path):
     out = tmp_path / "out"
     here = Path(__file__).resolve().parent
