@@ -1,0 +1,196 @@
+"""What reports to MLflow: a listener for one training run, and Ray Tune's callback for the trials of a search."""
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.logger import LoggerCallback
+
+from mpc.config import CheckpointInfo
+from pipeline import storage
+from pipeline.card import DatasetCard
+from pipeline.config import RunConfig
+from pipeline.versions import git_commit, versions
+from tuning.record import RunRecord, Status, epoch_metrics, without_places
+from tuning.tracking import TrackedRun, Tracker
+
+RECORD = "tracking.json"
+INFO_FILE = "checkpoint.json"
+
+
+def data_tags(card: DatasetCard) -> dict[str, str]:
+    """What a run was trained on and with, as tags."""
+    packages = {f"version.{name}": version for name, version in versions().items()}
+    return {
+        "data.name": card.name,
+        "data.digest": card.digest,
+        "data.synthetic": str(card.synthetic).lower(),
+        "git_commit": git_commit() or "unknown",
+        **packages,
+    }
+
+
+def read_record(folder: str) -> RunRecord | None:
+    """The record in `folder`, None where it holds none."""
+    uri = storage.join(folder, RECORD)
+    return RunRecord.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+def write_record(folder: str, record: RunRecord) -> None:
+    """Writes `record` beside the run's metrics.jsonl."""
+    storage.write_bytes(storage.join(folder, RECORD), record.model_dump_json(indent=1).encode())
+
+
+def open_run(
+    tracker: Tracker,
+    folder: str,
+    name: str,
+    *,
+    config: Mapping[str, Any],
+    tags: Mapping[str, str],
+    key: str | None = None,
+    parent: TrackedRun | None = None,
+) -> TrackedRun:
+    """The MLflow run of `folder`: its record is written first, and a folder that has one continues its run.
+
+    Args:
+        tracker: where the run is logged.
+        folder: path or URI that will hold metrics.jsonl.
+        name: shown in MLflow.
+        config: nested; becomes parameters and config.yaml, places cut to their last part.
+        tags: searchable in MLflow.
+        key: identity of the run; None takes the folder's, or a new random one.
+        parent: e.g. the search.
+    """
+    known = read_record(folder)
+    record = RunRecord(
+        key=key or (known.key if known else uuid.uuid4().hex),
+        name=name,
+        experiment=tracker.experiment,
+        parent=parent.record.key if parent else None,
+        tags=dict(tags),
+        config=without_places(config),
+    )
+    write_record(folder, record)
+    run = tracker.start_run(record, parent)
+    if config:
+        tracker.log_config(run, record.config)
+    return run
+
+
+def close_run(tracker: Tracker, folder: str, run: TrackedRun, status: Status) -> None:
+    """Ends the run and writes how it ended beside its metrics."""
+    write_record(folder, run.record.model_copy(update={"status": status}))
+    tracker.end_run(run, status)
+
+
+class RunListener:
+    """Reports one training run: `pipeline.train.Listener` for MLflow.
+
+    Args:
+        tracker: where to.
+        out: folder of the run; its record makes a resumed run continue the same MLflow run.
+        name: shown in MLflow; None takes the folder's name.
+        parent: e.g. the search whose best trial this is.
+        tags: further tags.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        out: str,
+        *,
+        name: str | None = None,
+        parent: TrackedRun | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        self.tracker, self.out, self.parent = tracker, out, parent
+        self.name = name or storage.name(out)
+        self.tags = dict(tags or {})
+        self.run: TrackedRun | None = None
+
+    def on_start(self, run: RunConfig, card: DatasetCard) -> None:
+        """Opens the run, with its configuration and its data."""
+        tags = {**data_tags(card), "method": run.train.method, **self.tags}
+        config = run.model_dump(mode="json")
+        self.run = open_run(self.tracker, self.out, self.name, config=config, tags=tags, parent=self.parent)
+        self.tracker.log_dataset(self.run, card.name, card.digest)
+
+    def on_log(self, line: dict[str, Any]) -> None:
+        """Progress inside an epoch is for eyes, not for the record."""
+
+    def on_epoch(self, metrics: dict[str, Any]) -> None:
+        """One batch an epoch."""
+        assert self.run is not None, "on_start comes first"
+        self.tracker.log_epoch(self.run, epoch_metrics(metrics), int(metrics["epoch"]))
+
+    def on_end(self, status: str, best_checkpoint: str | None) -> None:
+        """Closes the run: FINISHED, FAILED or KILLED, and at which epoch its best checkpoint stands."""
+        assert self.run is not None, "on_start comes first"
+        if best_checkpoint is not None:
+            info = CheckpointInfo.model_validate_json(storage.read_bytes(storage.join(best_checkpoint, INFO_FILE)))
+            self.tracker.set_tags(self.run, {"best.epoch": f"{info.epoch:g}", "best.step": str(info.step)})
+        close_run(self.tracker, self.out, self.run, Status(status))
+
+
+class MlflowCallback(LoggerCallback):  # type: ignore[misc]
+    """Ray Tune's view of a search in MLflow: one child run a trial, written by the driver.
+
+    The driver writes because a stopped trial is killed before it could close its own run (ray.md 1.4).
+
+    Args:
+        tracker: where to.
+        parent: run of the search.
+        trials: folder that holds one folder a trial, named by its id, with metrics.jsonl.
+        tags: of every trial.
+        step: key of a result that counts epochs; Tune's own iteration restarts after a restore.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        parent: TrackedRun,
+        trials: str,
+        *,
+        tags: Mapping[str, str] | None = None,
+        step: str = "epoch",
+    ) -> None:
+        self.tracker, self.parent, self.trials = tracker, parent, trials
+        self.tags, self.step = dict(tags or {}), step
+        self._runs: dict[str, TrackedRun] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles callbacks: runs stay behind, they are found again by their keys."""
+        return {**self.__dict__, "_runs": {}, "parent": TrackedRun(self.parent.record)}
+
+    def log_trial_start(self, trial: Trial) -> None:
+        """Opens the trial's run, or the one it had before a restore."""
+        if trial.trial_id in self._runs:
+            return
+        sampled = {key: value for key, value in trial.config.items() if "." in key}  # spaces address dotted paths
+        self._runs[trial.trial_id] = open_run(
+            self.tracker,
+            self._folder(trial),
+            trial.trial_id,
+            config=sampled,
+            tags={"trial_id": trial.trial_id, **self.tags},
+            key=f"{self.parent.record.key}/{trial.trial_id}",
+            parent=self.parent,
+        )
+
+    def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
+        """The epoch's metrics that are ours."""
+        self.log_trial_start(trial)
+        if self.step in result:
+            self.tracker.log_epoch(self._runs[trial.trial_id], epoch_metrics(result), int(result[self.step]))
+
+    def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
+        """FINISHED also for a trial that the scheduler stopped early; one that raised is FAILED."""
+        self.log_trial_start(trial)
+        status = Status.FAILED if failed else Status.FINISHED
+        close_run(self.tracker, self._folder(trial), self._runs.pop(trial.trial_id), status)
+
+    def _folder(self, trial: Trial) -> str:
+        """Where the trial writes its metrics."""
+        return storage.join(self.trials, str(trial.trial_id))

@@ -1,0 +1,59 @@
+"""Replays runs from their folders to an MLflow server: what was lost while it was away, or all of it on another one."""
+
+from typing import NamedTuple
+
+from mpc.errors import MissingError, UserError
+from pipeline import storage
+from pipeline.record import MetricsLog
+from tuning.listeners import RECORD, read_record
+from tuning.record import RunRecord, Status, epoch_metrics
+from tuning.tracking import TrackedRun, Tracker
+
+
+class SyncSummary(NamedTuple):
+    """What a replay found and did."""
+
+    runs: int
+    epochs: int
+    uri: str
+
+
+def sync(folder: str, tracking_uri: str) -> SyncSummary:
+    """Sends every run below `folder` to `tracking_uri`; runs and epochs that are there already are left alone.
+
+    Args:
+        folder: the `--out` of a training run or of a search.
+        tracking_uri: server or database.
+
+    Raises:
+        UserError: no run was recorded there, or the server does not take them.
+    """
+    records = _records(folder)
+    if not records:
+        raise MissingError(f"{folder}: no {RECORD} below it; give the --out folder of a train or tune run")
+    trackers: dict[str, Tracker] = {}
+    runs: dict[str, TrackedRun] = {}
+    epochs = 0
+    for place, record in records:
+        if record.experiment not in trackers:
+            trackers[record.experiment] = Tracker(tracking_uri, record.experiment)
+        tracker = trackers[record.experiment]
+        run = runs[record.key] = tracker.start_run(record, runs.get(record.parent or ""))
+        if record.config:
+            tracker.log_config(run, record.config)
+        for line in MetricsLog(place).read():
+            tracker.log_epoch(run, epoch_metrics(line), int(line["epoch"]))
+            epochs += 1
+        if record.status is not Status.RUNNING:
+            tracker.end_run(run, record.status)
+    left = sum(tracker.close() for tracker in trackers.values())
+    if left:
+        raise UserError(f"MLflow at {tracking_uri} did not take {left} records; see that it runs, then sync again")
+    return SyncSummary(len(runs), epochs, tracking_uri)
+
+
+def _records(folder: str) -> list[tuple[str, RunRecord]]:
+    """Each folder at or below `folder` with its record, parents first."""
+    places = [uri.replace(f"/{RECORD}", "") for uri in storage.list_files(folder, suffixes=(RECORD,))]
+    found = [(place, record) for place in sorted(places) if (record := read_record(place)) is not None]
+    return sorted(found, key=lambda item: item[1].parent is not None)
