@@ -39,7 +39,8 @@ def search(
     tracker = Tracker(tracking, settings.tracking.experiment)
     config = {**run.model_dump(mode="json"), "search": settings.search.model_dump(mode="json")}
     parent = open_run(tracker, out, storage.name(out), config=config, tags=tags)
-    runtime.start(dashboard=run.train.num_workers > 1, verbose=verbose)
+    if verbose:
+        runtime.start(dashboard=run.train.num_workers > 1, verbose=True)
     status = Status.FAILED
     try:
         result = searches.search(

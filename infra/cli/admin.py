@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 import yaml
 
-from infra.cli.options import Config, Set, Verbose, settings_of, tracking_uri
+from infra.cli.options import Config, Set, Verbose, settings_of
 from infra.console import console, say, table
 from infra.settings import Settings, presets
+from infra.tracking import tracking_uri
 
 configuration = typer.Typer(help="Shows settings: what is in force, what is possible, which presets exist.")
 

@@ -1,5 +1,6 @@
 """The entry point: builds the verbs, runs one, and turns every outcome into an exit code and at most one line."""
 
+import re
 import sys
 import traceback
 import warnings
@@ -12,6 +13,8 @@ from infra.console import fault
 from mpc.errors import UserError
 
 OK, FAULT, USER, INTERRUPTED = 0, 1, 2, 130
+RAISED = re.compile(r"^[A-Za-z_][\w.]*: .+$", re.MULTILINE)
+"""The line of a traceback that says what was raised."""
 
 app = typer.Typer(
     help="Multi-label chest X-ray classifiers from one positive label per image. Research use only.",
@@ -39,10 +42,11 @@ def run(arguments: list[str]) -> int:
     try:
         code = app(arguments, prog_name="mpc-cxr", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        fault("interrupted", "stopped by Ctrl-C; --resume continues prepare, train, tune and demo")
-        return INTERRUPTED
+        code = INTERRUPTED
     except Exception as error:
         return report(error, verbose="-v" in arguments)
+    if code == INTERRUPTED:  # Typer makes it of a KeyboardInterrupt
+        fault("interrupted", "stopped by Ctrl-C; --resume continues prepare, train, tune and demo")
     return code if isinstance(code, int) else OK
 
 
@@ -60,8 +64,14 @@ def report(error: Exception, verbose: bool) -> int:
     if isinstance(error, PermissionError):
         fault("error", f"{error.filename}: no permission; choose another place or change its rights")
         return USER
-    fault("failed", f"{type(error).__name__}: {error}; run it again with -v for the traceback")
+    fault("failed", f"{origin(error)[:400]}; run it again with -v for the traceback")
     return FAULT
+
+
+def origin(error: Exception) -> str:
+    """`Type: message` of what was raised first: an error from a Ray task holds the whole traceback as its text."""
+    raised = RAISED.search(str(error)) if "ray::" in str(error) else None
+    return raised.group() if raised else f"{type(error).__name__}: {error}"
 
 
 def user_errors(error: BaseException, seen: frozenset[int] = frozenset()) -> Iterator[UserError]:

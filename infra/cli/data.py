@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from infra.cli.options import Config, Data, DryRun, Out, Resume, Set, Verbose, claim, settings_of
+from infra.cli.options import Config, Data, DryRun, Out, Resume, Set, Verbose, claim, settings_of, start_ray
 from infra.console import progress, say, table
 from mpc.errors import UserError
 
@@ -56,10 +56,9 @@ def prepare(
         show_counts(f"{found.source.name}, before any image is read", found.source.findings, found.counts)
         say(f"would prepare {settings.prepare.image_size} pixels a side into {out}")
         return
-    from pipeline import runtime
     from pipeline.shards import prepare as write_shards
 
-    runtime.start(verbose=verbose)
+    start_ray(verbose)
     with progress("prepare") as report:
         card = write_shards(
             settings.prepare, root, out, resume=resume, progress=lambda done, total: report(done, total, "images")

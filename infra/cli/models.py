@@ -1,6 +1,5 @@
 """Verbs that use a trained model: evaluate, predict, register, promote."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -11,15 +10,15 @@ from infra.cli.options import (
     Data,
     Model,
     Out,
-    Resume,
     Set,
     Verbose,
     checkpoint_of,
     claim,
     settings_of,
-    tracking_uri,
+    start_ray,
 )
-from infra.console import progress, say, table
+from infra.console import fault, progress, say, table
+from infra.tracking import gate_of, tracking_uri
 from mpc.errors import UserError
 
 Split = Annotated[Literal["train", "val", "test"], typer.Option("--split", help="Part of the data set to score.")]
@@ -31,10 +30,10 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         epilog="Example: mpc-cxr evaluate --model models:/mpc-cxr@champion --data /data/nih-224 --out runs/test-scores"
     )(evaluate)
-    app.command(
-        epilog="Example: mpc-cxr predict --checkpoint runs/mpc-1/checkpoints/best --images /data/new --out runs/new"
-    )(predict)
-    app.command(epilog="Example: mpc-cxr register --checkpoint runs/mpc-1/checkpoints/best --model mpc-cxr")(register)
+    app.command(epilog="Example: mpc-cxr predict --checkpoint runs/mpc-1/best --images /data/new --out runs/new")(
+        predict
+    )
+    app.command(epilog="Example: mpc-cxr register --checkpoint runs/mpc-1/best --model mpc-cxr")(register)
     app.command(epilog="Example: mpc-cxr promote --model models:/mpc-cxr/3")(promote)
 
 
@@ -54,10 +53,10 @@ def evaluate(
     """
     settings = settings_of(config, set_, verbose)
     folder = checkpoint_of(checkpoint, model, settings, near=out)
-    claim(out, resume=False)
+    claim(out)
     from pipeline.evaluate import evaluate as score
 
-    metrics = score(folder, data, split, Path(out), batch_size=settings.train.eval_batch_size)
+    metrics = score(folder, data, split, out, batch_size=settings.train.eval_batch_size)
     show_metrics(metrics)
     say(f"predictions and metrics: {out}")
 
@@ -69,24 +68,22 @@ def predict(
     model: Model = None,
     config: Config = None,
     set_: Set = None,
-    resume: Resume = False,
     verbose: Verbose = False,
 ) -> None:
     """Writes the findings of every image in a folder; probabilities lie in 0..1, an unreadable file is a row too."""
     settings = settings_of(config, set_, verbose)
     folder = checkpoint_of(checkpoint, model, settings, near=out)
-    claim(out, resume)
-    from pipeline import runtime
+    claim(out)
     from pipeline.predict import predict as write_findings
 
-    runtime.start(verbose=verbose)
+    start_ray(verbose)
     with progress("predict") as report:
         summary = write_findings(folder, images, out, progress=report)
-    say(f"findings of {summary.images} images: {out}; {summary.failed} could not be read")
+    say(f"findings of {summary.images:,} images, {summary.failed:,} of them unreadable: {summary.out}")
 
 
 def register(
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", metavar="FOLDER", help="Checkpoint folder.")],
+    checkpoint: Annotated[str, typer.Option("--checkpoint", metavar="URI", help="Checkpoint that training wrote.")],
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="Name of the model in the registry.")],
     config: Config = None,
     set_: Set = None,
@@ -100,8 +97,8 @@ def register(
     from tuning import registry
 
     uri = tracking_uri(settings, near=checkpoint)
-    version = registry.register(folder, model, uri)
-    say(f"registered models:/{model}/{version} in {uri}")
+    version = registry.register(folder, model, uri, experiment=settings.tracking.experiment)
+    say(f"registered {version.uri} in {uri}")
 
 
 def promote(
@@ -110,13 +107,20 @@ def promote(
     set_: Set = None,
     verbose: Verbose = False,
 ) -> None:
-    """Points the alias `champion` at a version, so that models:/NAME@champion means it."""
+    """Points the alias `champion` at a version unless it scores lower than the champion; then the exit code is 1.
+
+    What is compared is tracking.gate_metric, by at most tracking.gate_tolerance (both scores in 0..1).
+    """
     settings = settings_of(config, set_, verbose)
     name, version = _name_and_version(model)
     from tuning import registry
+    from tuning.gate import Decision
 
-    registry.promote(name, version, tracking_uri(settings))
-    say(f"models:/{name}@champion is version {version}")
+    verdict = registry.promote(name, version, tracking_uri(settings), gate=gate_of(settings))
+    if verdict.decision is Decision.REFUSE:
+        fault("refused", f"{model}: {verdict.reason}")
+        raise typer.Exit(1)
+    say(f"models:/{name}@champion is version {version}: {verdict.reason}")
 
 
 def show_metrics(metrics: dict[str, Any]) -> None:

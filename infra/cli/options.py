@@ -1,13 +1,17 @@
 """The flags that verbs share, and what they mean for all of them."""
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from infra.settings import Settings, load
+from infra.tracking import tracking_uri
 from mpc.errors import MissingError, UserError
 
 Config = Annotated[
@@ -21,7 +25,7 @@ Set = Annotated[
 Data = Annotated[str, typer.Option("--data", metavar="URI", help="Prepared data set: a folder or s3://bucket/prefix.")]
 Out = Annotated[str, typer.Option("--out", metavar="URI", help="Folder for the results; empty unless --resume.")]
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", metavar="FOLDER", help="Checkpoint folder that training wrote.")
+    str | None, typer.Option("--checkpoint", metavar="URI", help="Checkpoint that training wrote, such as OUT/best.")
 ]
 Model = Annotated[
     str | None,
@@ -45,7 +49,15 @@ def set_logs(verbose: bool) -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
 
-def claim(out: str, resume: bool) -> str:
+def start_ray(verbose: bool) -> None:
+    """With -v, starts Ray so that its workers' logs are shown; else the rooms start it once the input is sound."""
+    if verbose:
+        from pipeline import runtime
+
+        runtime.start(verbose=True)
+
+
+def claim(out: str, resume: bool = False) -> str:
     """`out`, once it is known to be free for a new run, or to be continued.
 
     Raises:
@@ -55,40 +67,35 @@ def claim(out: str, resume: bool) -> str:
         return out
     from pipeline import storage
 
-    if "://" not in out and Path(out).is_file():
-        raise UserError(f"--out {out}: is a file; name a folder")
+    if storage.size(out) is not None:
+        raise UserError(f"--out {out}: is a file that exists; name another place")
     if not storage.is_empty(out):
         raise UserError(f"--out {out}: is not empty; name another folder, or add --resume to continue what it holds")
     return out
 
 
-def checkpoint_of(checkpoint: Path | None, model: str | None, settings: Settings, near: str | Path = ".") -> Path:
-    """The checkpoint folder behind --checkpoint or --model; exactly one of them must be given."""
+def checkpoint_of(checkpoint: str | None, model: str | None, settings: Settings, near: str = ".") -> Path:
+    """The local checkpoint folder behind --checkpoint or --model; exactly one of them must be given."""
     if (checkpoint is None) == (model is None):
         raise UserError("needs one of --checkpoint FOLDER and --model models:/NAME@champion; give exactly one")
-    if checkpoint is not None:
-        if not (checkpoint / "checkpoint.json").is_file():
-            raise MissingError(
-                f"--checkpoint {checkpoint}: holds no checkpoint.json; name a folder such as OUT/checkpoints/best"
-            )
-        return checkpoint
-    assert model is not None
-    from tuning import registry
+    if model is not None:
+        from tuning import registry
 
-    return registry.download(model, tracking_uri(settings, near))
+        return registry.download(model, tracking_uri(settings, near))
+    assert checkpoint is not None
+    return fetch(checkpoint)
 
 
-def tracking_uri(settings: Settings, near: str | Path = ".") -> str:
-    """The tracking store: `tracking.uri`, else MLFLOW_TRACKING_URI, else the nearest mlflow.db at or above `near`.
+def fetch(checkpoint: str) -> Path:
+    """The checkpoint as a local folder; one in object storage is copied for as long as this process lives."""
+    from pipeline import storage
 
-    Where there is none, it is the one that would be made in `near`.
-    """
-    from tuning.store import default_uri
-
-    if settings.tracking.uri:
-        return settings.tracking.uri
-    start = str(near)
-    if "://" not in start:
-        places = (Path(start).resolve(), *Path(start).resolve().parents)
-        start = str(next((place for place in places if (place / "mlflow.db").is_file()), start))
-    return default_uri(start)
+    if not storage.exists(storage.join(checkpoint, "checkpoint.json")):
+        raise MissingError(f"--checkpoint {checkpoint}: holds no checkpoint.json; name a folder such as OUT/best")
+    if not storage.is_remote(checkpoint):
+        return Path(storage.absolute(checkpoint))
+    folder = Path(tempfile.mkdtemp(prefix="mpc-cxr-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for file in storage.list_files(checkpoint):
+        (folder / storage.name(file)).write_bytes(storage.read_bytes(file))
+    return folder

@@ -32,9 +32,9 @@ def demo(
     settings = settings_of(config, set_, verbose)
     if resume and out is None:
         raise UserError("demo --resume needs --out, the folder of the demo to continue")
-    from infra.demo import run_demo
+    from infra.demo import Demo
 
-    run_demo(settings, Path(claim(out or free_folder(DEMO_OUT), resume)), resume=resume, verbose=verbose)
+    Demo(settings, Path(claim(out or free_folder(DEMO_OUT), resume)), resume=resume, verbose=verbose).run()
 
 
 def free_folder(first: str) -> str:

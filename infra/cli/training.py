@@ -4,9 +4,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.options import Config, Data, DryRun, Out, Resume, Set, Verbose, claim, settings_of, tracking_uri
+from infra.cli.options import (
+    Config,
+    Data,
+    DryRun,
+    Out,
+    Resume,
+    Set,
+    Verbose,
+    claim,
+    settings_of,
+    start_ray,
+)
 from infra.console import progress, say, table
 from infra.settings import Settings, run_config
+from infra.tracking import tracking_uri
 
 if TYPE_CHECKING:
     from tuning.search import SearchResult
@@ -49,14 +61,13 @@ def train(
         show_plan(settings, data, out)
         return
     from infra.listeners import EpochLines
-    from pipeline import runtime
     from pipeline.train import Listener
     from pipeline.train import train as fit
     from tuning.listeners import RunListener
     from tuning.tracking import Tracker
 
     tracker = Tracker(tracking_uri(settings, out), settings.tracking.experiment)
-    runtime.start(verbose=verbose)
+    start_ray(verbose)
     with progress("train") as display:
         listeners: list[Listener] = [EpochLines(display), RunListener(tracker, out)]
         result = fit(run_config(settings), data, out, resume=resume, listeners=listeners)
@@ -107,23 +118,22 @@ def tune(
 
     with progress("tune") as display:
         result = search(settings, found, data, out, tracking_uri(settings, out), display, resume, verbose)
-    show_trials(result, settings.search.metric)
+    show_trials(result, settings.search.metric, settings.search.mode)
     say(f"best checkpoint: {result.best_checkpoint}")
 
 
-def show_trials(result: "SearchResult", metric: str) -> None:
+def show_trials(result: "SearchResult", metric: str, mode: str) -> None:
     """The trials with what they tried, the best one first."""
-    ranked = sorted(result.trials, key=lambda trial: (trial is not result.best, trial.status == "failed"))
+    sign = -1.0 if mode == "max" else 1.0
+    ranked = sorted(result.trials, key=lambda trial: (trial.value is None, sign * (trial.value or 0.0)))
     names = sorted({name for trial in ranked for name in trial.params})
+    shown = {name: ".".join(name.split(".")[-2:]) for name in names}
     table(
-        f"{len(ranked)} trials",
-        ["trial", "status", "epochs", metric, *names],
+        f"{len(ranked)} trials, best first",
+        ["trial", "status", "epochs", metric, *shown.values()],
         [
             [
-                trial.trial_id,
-                trial.status,
-                trial.epochs,
-                _rounded(trial.value),
+                *(trial.trial_id, trial.status, trial.epochs, _rounded(trial.value)),
                 *(_rounded(trial.params.get(name)) for name in names),
             ]
             for trial in ranked
