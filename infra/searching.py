@@ -1,5 +1,7 @@
 """A search as a person starts it: on the screen, in MLflow as one parent run with a child a trial, and on disk."""
 
+import optuna
+
 from infra.console import Display
 from infra.listeners import TrialLines
 from infra.settings import Settings, run_config
@@ -39,6 +41,7 @@ def search(
     tracker = Tracker(tracking, settings.tracking.experiment)
     config = {**run.model_dump(mode="json"), "search": settings.search.model_dump(mode="json")}
     parent = open_run(tracker, out, storage.name(out), config=config, tags=tags)
+    optuna.logging.set_verbosity(optuna.logging.INFO if verbose else optuna.logging.ERROR)
     if verbose:
         runtime.start(dashboard=run.train.num_workers > 1, verbose=True)
     status = Status.FAILED

@@ -45,6 +45,7 @@ def settings_of(config: str | None, overrides: list[str] | None, verbose: bool =
 def set_logs(verbose: bool) -> None:
     """Warnings alone on stderr, or, with -v, what the libraries tell as well."""
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "INFO" if verbose else "ERROR")  # read when ray.data is imported
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "1" if verbose else "0")  # Tune's own tables; the old way is silent
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
