@@ -77,7 +77,7 @@ class BarDisplay:
             TimeRemainingColumn(),
             TextColumn("{task.description}", style="dim"),
         )
-        self.bar = Progress(*columns, console=console())
+        self.bar = Progress(*columns, console=console(), refresh_per_second=4, speed_estimate_period=600)
         self.task = self.bar.add_task("", total=None, title=title)
 
     def __enter__(self) -> "BarDisplay":

@@ -49,11 +49,12 @@ class TrialLines:
         self.display, self.config, self.epochs = display, config, epochs
         self.best_of: dict[str, float] = {}
         self.epoch_of: dict[str, int] = {}
-        self.ended = 0
+        self.ended: set[str] = set()
 
     def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None:
         """Shows that the search moves."""
-        self._show(f"trial {trial_id} starts")
+        self.epoch_of.setdefault(trial_id, 0)
+        self._show(f"{trial_id} starts")
 
     def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None:
         """Keeps the trial's best value."""
@@ -62,21 +63,23 @@ class TrialLines:
             best = self.best_of.get(trial_id, value)
             self.best_of[trial_id] = max(best, value) if self.config.mode == "max" else min(best, value)
         self.epoch_of[trial_id] = int(metrics.get("epoch", 0))
-        self._show(f"trial {trial_id} epoch {self.epoch_of[trial_id]}/{self.epochs}")
+        self._show(f"{trial_id} epoch {self.epoch_of[trial_id]}/{self.epochs}")
 
     def on_trial_end(self, trial_id: str, status: str) -> None:
         """One line: how the trial ended, after how many epochs, with which best value."""
-        self.ended += 1
+        self.ended.add(trial_id)
         value = f"{self.best_of[trial_id]:.3f}" if trial_id in self.best_of else "–"
         epochs = self.epoch_of.get(trial_id, 0)
         self.display.line(f"trial {trial_id}: {status} after {epochs} epochs, {self.config.metric} {value}")
-        self._show(f"trial {trial_id} {status}")
+        self._show(f"{trial_id} {status}")
 
     def _show(self, text: str) -> None:
-        """Trials done, and the best value so far."""
+        """Epochs done, those that ended trials need no more among them, and the best value so far."""
         choose = max if self.config.mode == "max" else min
         best = f", best {choose(self.best_of.values()):.3f}" if self.best_of else ""
-        self.display(self.ended, self.config.max_trials, text + best)
+        done = sum(self.epochs if trial in self.ended else epoch for trial, epoch in self.epoch_of.items())
+        trials = f"{len(self.ended)} of {self.config.max_trials} trials done"
+        self.display(done, self.config.max_trials * self.epochs, f"epochs, {trials}{best}; {text}")
 
 
 def _losses(line: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Verbs that train: train, tune, and sync of their records."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -126,19 +127,19 @@ def show_trials(result: "SearchResult", metric: str, mode: str) -> None:
     """The trials with what they tried, the best one first."""
     sign = -1.0 if mode == "max" else 1.0
     ranked = sorted(result.trials, key=lambda trial: (trial.value is None, sign * (trial.value or 0.0)))
-    names = sorted({name for trial in ranked for name in trial.params})
-    shown = {name: ".".join(name.split(".")[-2:]) for name in names}
     table(
         f"{len(ranked)} trials, best first",
-        ["trial", "status", "epochs", metric, *shown.values()],
+        ["trial", "status", "epochs", metric, "settings"],
         [
-            [
-                *(trial.trial_id, trial.status, trial.epochs, _rounded(trial.value)),
-                *(_rounded(trial.params.get(name)) for name in names),
-            ]
+            [trial.trial_id, trial.status, trial.epochs, _rounded(trial.value), _settings(trial.params)]
             for trial in ranked
         ],
     )
+
+
+def _settings(params: Mapping[str, object]) -> str:
+    """What a trial tried, in one text that may wrap."""
+    return ", ".join(f"{name.partition('.')[2]} {_rounded(value)}" for name, value in sorted(params.items()))
 
 
 def _rounded(value: object) -> object:
