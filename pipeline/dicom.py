@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, pixel_array
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder, pixel_array
 from pydicom.uid import UID
 
 from pipeline.geometry import MAX_PIXELS
@@ -49,8 +49,8 @@ def read_dicom(data: bytes) -> tuple[NDArray[Any], float]:
         return _monochrome(dataset, photometric, stored)
     except (DicomError, MemoryError):
         raise
-    except (NotImplementedError, RuntimeError) as error:  # pydicom's own words for "no plugin" and "plugin failed"
-        raise DicomError(*_undecoded(data, error)) from None
+    except RuntimeError:  # pydicom's word for "no plugin" as well as "every plugin failed"
+        raise DicomError(*_undecoded(data)) from None
     except Exception as error:  # a damaged file can fail anywhere in a parser of nested, typed elements
         raise DicomError("unreadable", f"damaged DICOM ({type(error).__name__})") from None
 
@@ -139,13 +139,22 @@ def _first(value: Any) -> float:
     return float(value[0] if isinstance(value, list | tuple | pydicom.multival.MultiValue) else value)
 
 
-def _undecoded(data: bytes, error: Exception) -> tuple[Literal["unsupported", "unreadable"], str]:
+def _undecoded(data: bytes) -> tuple[Literal["unsupported", "unreadable"], str]:
     """Tells a missing decoder from damaged pixels, and names the transfer syntax."""
     try:
-        meta = pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).file_meta
-        syntax = UID(meta.TransferSyntaxUID).name if UID(meta.TransferSyntaxUID).is_transfer_syntax else "unknown"
+        syntax = UID(pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True).file_meta.TransferSyntaxUID)
     except Exception:  # the header itself is damaged
         return "unreadable", "damaged DICOM header"
-    if isinstance(error, NotImplementedError) or "missing dependencies" in str(error):
-        return "unsupported", f"no decoder is installed for transfer syntax {syntax}"
-    return "unreadable", f"pixels cannot be decoded (transfer syntax {syntax})"
+    if not syntax.is_transfer_syntax:
+        return "unreadable", "unknown transfer syntax"
+    if _decodable(syntax):
+        return "unreadable", f"pixels cannot be decoded (transfer syntax {syntax.name})"
+    return "unsupported", f"no decoder is installed for transfer syntax {syntax.name}"
+
+
+def _decodable(syntax: UID) -> bool:
+    """Whether pydicom has a decoder for this syntax and the library behind it."""
+    try:
+        return bool(get_decoder(syntax).is_available)
+    except RuntimeError:
+        return False

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from pipeline.decode import MAX_PIXELS, DecodeError, decode
 from pipeline.pixels import load
@@ -210,15 +210,22 @@ def test_reasons_of_dicom_name_no_patient():
         assert not any(secret in str(fault) for secret in ("Doe", "Jane", "4711"))
 
 
-def test_damaged_compressed_dicom_names_its_transfer_syntax():
+@pytest.mark.parametrize(
+    ("syntax", "reason", "words"),
+    [
+        (pydicom.uid.JPEG2000Lossless, "unreadable", "JPEG 2000"),
+        (pydicom.uid.MPEG2MPML, "unsupported", "no decoder is installed for transfer syntax MPEG2"),
+    ],
+)
+def test_compressed_dicom_that_cannot_be_decoded_names_its_syntax(syntax, reason, words):
     dataset = pydicom.dcmread(io.BytesIO(dicom(RAMP)))
     dataset.compress(pydicom.uid.RLELossless)
-    dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    dataset.file_meta.TransferSyntaxUID = syntax
     buffer = io.BytesIO()
     dataset.save_as(buffer)
     fault = refused(buffer.getvalue(), "x.dcm")
-    assert fault.reason in ("unreadable", "unsupported")
-    assert "JPEG 2000" in fault.detail
+    assert fault.reason == reason
+    assert words in fault.detail
 
 
 def test_mutated_files_raise_nothing_else_and_log_no_name(caplog):

@@ -18,7 +18,6 @@ TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "Data_Entry_2017_v
 COLUMNS = ("Image Index", "Finding Labels", "Patient ID", "View Position")
 OPTIONAL = ("Patient Age", "Patient Gender")
 LISTS = {"train_val_list.txt": "train", "test_list.txt": "test"}
-SHOWN = 5
 
 
 def source(root: str) -> SourceTable:
@@ -41,29 +40,35 @@ def source(root: str) -> SourceTable:
     if not present.any():
         raise UserError(f"no image of {table_name} lies under {root}; expected images/*.png or images_*/images/*.png")
     labels = _labels(table["Finding Labels"], storage.join(root, table_name))
-    kept = table.filter(pa.array(present))
-    ids = kept["Image Index"].to_pylist()
-    columns: dict[str, list[str | None]] = {
-        "image_id": [name.removesuffix(".png") for name in ids],
-        "patient_id": kept["Patient ID"].to_pylist(),
-        "study_id": [name.removesuffix(".png") for name in ids],
-        "view": kept["View Position"].to_pylist(),
-        "uri": [images[name] for name in ids],
-        "split": [splits.get(name) for name in ids],
-    }
-    if "Patient Gender" in kept.column_names:
-        columns["sex"] = kept["Patient Gender"].to_pylist()
-    if "Patient Age" in kept.column_names:
-        columns["age_band"] = [_age_band(age) for age in kept["Patient Age"].to_pylist()]
+    missing = [name for name in names if name not in images]
     return SourceTable(
-        table=source_table(columns, labels[present]),
+        table=source_table(_columns(table.filter(pa.array(present)), images, splits), labels[present]),
         findings=(*FINDINGS, NO_FINDING),
         name="nih",
         synthetic=False,
         digests=dict(sorted(digests.items())),
-        quarantine=_faults(root, table_name, [n for n in names if n not in images], set(images) - set(names), images),
+        quarantine=_faults(root, table_name, missing, set(images) - set(names), images),
         default_findings=FINDINGS,
     )
+
+
+def _columns(rows: pa.Table, images: dict[str, str], splits: dict[str, str]) -> dict[str, list[str | None]]:
+    """Text columns of the source table for the rows that have an image."""
+    names = rows["Image Index"].to_pylist()
+    ids: list[str | None] = [name.removesuffix(".png") for name in names]
+    columns = {
+        "image_id": ids,
+        "patient_id": rows["Patient ID"].to_pylist(),
+        "study_id": ids,  # the collection numbers images, not studies
+        "view": rows["View Position"].to_pylist(),
+        "uri": [images[name] for name in names],
+        "split": [splits.get(name) for name in names],
+    }
+    if "Patient Gender" in rows.column_names:
+        columns["sex"] = rows["Patient Gender"].to_pylist()
+    if "Patient Age" in rows.column_names:
+        columns["age_band"] = [_age_band(age) for age in rows["Patient Age"].to_pylist()]
+    return columns
 
 
 def _read_table(root: str) -> tuple[str, bytes]:
