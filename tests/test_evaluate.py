@@ -19,7 +19,7 @@ from pipeline.stream import images_of, scan
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DatasetCard]:
+def data(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[str, DatasetCard]:
     out = tmp_path_factory.mktemp("data") / "phantom"
     return str(out), tiny_data(out)
 

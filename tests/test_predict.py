@@ -1,5 +1,6 @@
 """Prediction through Ray Data: every image once, in order, a bad file one row."""
 
+import io
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,9 @@ from pipeline.images import find_images
 from pipeline.inference import load_model
 from pipeline.pixels import load
 from pipeline.predict import SCHEMA, predict
+from pipeline.storage import read_bytes, write_bytes
+
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 COLUMNS = ["source", "finding", "probability", "threshold", "positive", "model_version", "flags", "error"]
 
@@ -87,6 +91,16 @@ def test_csv_and_a_table_of_paths(checkpoint: Path, images: Path, tmp_path: Path
     versions = set(table["model_version"].to_pylist())
     assert len(versions) == 1
     assert versions.pop().startswith("step-7-")
+
+
+def test_a_bucket_is_read_and_written(checkpoint: Path, images: Path, bucket: str) -> None:
+    for path in sorted(images.rglob("*.png")):
+        write_bytes(f"{bucket}/in/{path.relative_to(images)}", path.read_bytes())
+    summary = predict(checkpoint, f"{bucket}/in", f"{bucket}/out")
+    assert summary == (6, 1, f"{bucket}/out/findings.parquet")
+    sources = pq.read_table(io.BytesIO(read_bytes(summary.out)))["source"].to_pylist()
+    assert sources[0] == f"{bucket}/in/0.png"
+    assert find_images(f"{bucket}/in/b/*.png") == [f"{bucket}/in/b/{index}.png" for index in (3, 4)]
 
 
 def test_no_image_is_the_users_error(checkpoint: Path, images: Path, tmp_path: Path) -> None:

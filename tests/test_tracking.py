@@ -94,6 +94,13 @@ def test_an_absent_server_costs_one_warning_and_no_run(absent: str, caplog: pyte
     assert len([item for item in caplog.records if item.name == "tuning.tracking"]) <= 2
 
 
+def test_an_absent_server_is_not_asked_in_a_loop(absent: str) -> None:
+    tracker = Tracker(absent, "test", pause=0.0)
+    tracker.log_epoch(tracker.start_run(record("one")), {"loss": 1.0}, 1)
+    assert tracker.close() == 2
+    assert tracker.failures <= 3
+
+
 def test_records_wait_for_a_server_that_comes_back(uri: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.write_text("a file where the database's folder belongs")

@@ -200,9 +200,10 @@ class Tracker:
                     run.waiting[0](client, run_id)
                     run.waiting.popleft()
             except Exception as error:  # whatever a tracking server does, the run goes on
-                self._failed(run, error)
+                if self._failed(run, error) is Verdict.RETRY:
+                    return
 
-    def _failed(self, run: TrackedRun, error: Exception) -> None:
+    def _failed(self, run: TrackedRun, error: Exception) -> Verdict:
         """Counts a failure, tells the first one, and pauses or drops the record."""
         verdict = judge(error) if run.run_id else Verdict.RETRY
         told = log.debug if self.failures else log.warning
@@ -213,6 +214,7 @@ class Tracker:
             self.dropped += 1
         else:
             self._quiet_until = time.monotonic() + self.pause
+        return verdict
 
     def _connect(self) -> MlflowClient:
         """The client, made when it is first needed: a new database takes seconds."""
