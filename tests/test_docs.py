@@ -46,7 +46,7 @@ def test_documented_commands_parse(page: str, call: str) -> None:
     arguments = shlex.split(call, comments=True)
     path, command = max((found for found in verbs(COMMAND) if arguments[: len(found[0])] == list(found[0])), key=len)
     context = command.make_context(" ".join(path), arguments[len(path) :])  # type: ignore[attr-defined]
-    load(context.params.get("config"), context.params.get("set_") or [])
+    assert load(context.params.get("config"), context.params.get("set_") or []), page
 
 
 def test_there_are_commands_to_check() -> None:
@@ -60,7 +60,7 @@ def test_every_help_has_an_example_that_parses(path: tuple[str, ...], command: o
     arguments = shlex.split(example.partition(" > ")[0])
     assert tuple(arguments[: len(path)]) == path
     context = command.make_context(" ".join(path), arguments[len(path) :])  # type: ignore[attr-defined]
-    load(context.params.get("config"), context.params.get("set_") or [])
+    assert load(context.params.get("config"), context.params.get("set_") or [])
 
 
 def test_flags_are_the_agreed_ones() -> None:
