@@ -59,6 +59,8 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LoadedModel:
     model = build_model(run, len(info.findings), info.pixels, weights="none")
     load_into(model, checkpoint, "ema" if (checkpoint / "ema.safetensors").is_file() else "model")
     target = torch.device(device)
+    if target.type == "cuda":  # else convolutions run in TF32, and results depend on the batch size beyond 1e-5
+        torch.backends.cudnn.allow_tf32 = False
     return LoadedModel(model.to(target).eval(), info, target)
 
 
