@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.sources.phantom.parameters import PARAMETERS, spread
-from pipeline.sources.phantom.shapes import Array, bell, blur, edge, grid, radius, strokes
+from pipeline.sources.phantom.shapes import Array, bands, bell, blur, edge, grid, radius, strokes
 
 SIDES = (-1, 1)
 """-1: the image's left, which is the patient's right; +1: the image's right, the patient's left."""
@@ -190,14 +190,15 @@ def _vessels(anatomy: Anatomy, size: int, rng: np.random.Generator) -> Array:
         root = np.array(anatomy.place(side, 0.03, 0.48)) + np.stack([0 * angle, 0.055 * np.sin(angle)], -1)
         ahead, across = _headings(side, angle)
         path = root + steps[:, None, None] * (length[:, None] * ahead) + bend[..., None] * across
-        stems += list(path.transpose(1, 0, 2))
+        stems.append(path.transpose(1, 0, 2))
         for turn, node in ((-0.4, 2), (0.45, 3), (-0.35, 4)):
             ahead, _ = _headings(side, angle + turn * (0.6 + uniform[3]))
             reach = (0.05 + 0.06 * uniform[4])[:, None] * ahead
-            twigs += list((path[node] + steps[::2, None, None] * reach).transpose(1, 0, 2))
-    drawn = 0.8 * strokes(size, [stem[:4] for stem in stems], 0.0085)
-    drawn = np.maximum(drawn, 0.6 * strokes(size, stems, 0.006))
-    return np.maximum(drawn, 0.42 * strokes(size, twigs, 0.0045))
+            twigs.append((path[node] + steps[::2, None, None] * reach).transpose(1, 0, 2))
+    paths = np.concatenate(stems)
+    drawn = 0.8 * strokes(size, paths[:, :4], 0.0085)
+    drawn = np.maximum(drawn, 0.6 * strokes(size, paths, 0.006))
+    return np.maximum(drawn, 0.42 * strokes(size, np.concatenate(twigs), 0.0045))
 
 
 def _headings(side: int, angle: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -210,27 +211,28 @@ def _bones(anatomy: Anatomy, size: int) -> Array:
     """Ribs, clavicles and scapulae: density to add, already scaled; [size, size]."""
     steps = np.linspace(0, 1, 12)[None, :]
     start = anatomy.apex + 0.015 + anatomy.rib_pitch * np.arange(9)[:, None]
-    back, front, collar = [], [], []
-    for side in SIDES:
-        down = start + anatomy.rib_slope * steps**1.7 - 0.035 * np.sin(np.pi * steps)
-        reach = 0.028 + steps * (anatomy.half_width(down) - 0.028)
-        back += list(np.stack([0.5 + side * reach, down], -1))
-        turn = start[:7] + anatomy.rib_slope + 0.13 * steps**1.4
-        reach = anatomy.half_width(turn) * (1 - 0.62 * steps)
-        front += list(np.stack([0.5 + side * reach, turn], -1))
-        along = np.linspace(0.035, 0.34, 12)
-        rise = anatomy.apex + anatomy.clavicle - 0.10 * (along - 0.035) / 0.3 + 0.012 * np.sin(2 * np.pi * along / 0.34)
-        collar.append(np.stack([0.5 + side * along, rise - (0.03 if anatomy.portable else 0.0)], -1))
-    density = np.float32(anatomy.rib_density)
-    ribs = strokes(size, back, 0.021) - 0.45 * strokes(size, back, 0.011)
-    ribs = ribs + 0.55 * strokes(size, front, 0.024) - 0.2 * strokes(size, front, 0.012)
-    clavicles = strokes(size, collar, 0.027) - 0.3 * strokes(size, collar, 0.014)
-    bones = density * (ribs + 1.15 * clavicles)
+    down = start + anatomy.rib_slope * steps**1.7 - 0.035 * np.sin(np.pi * steps)
+    back = _mirrored(0.028 + steps * (anatomy.half_width(down) - 0.028), down)
+    turn = start[:7] + anatomy.rib_slope + 0.13 * steps**1.4
+    front = _mirrored(anatomy.half_width(turn) * (1 - 0.62 * steps), turn)
+    along = np.linspace(0.035, 0.34, 12)[None, :]
+    rise = anatomy.apex + anatomy.clavicle - 0.10 * (along - 0.035) / 0.3 + 0.012 * np.sin(2 * np.pi * along / 0.34)
+    collar = _mirrored(along, rise - (0.03 if anatomy.portable else 0.0))
+    # Cortex is denser than marrow: a wide band minus a narrow one.
+    bones = bands(size, back, 0.027) - 0.40 * bands(size, back, 0.015)
+    bones += 0.55 * bands(size, front, 0.030) - 0.2 * bands(size, front, 0.017)
+    bones += 1.2 * bands(size, collar, 0.032) - 0.35 * bands(size, collar, 0.018)
+    bones *= anatomy.rib_density
     lateral = 0.30 if anatomy.portable else 0.385
     for side in SIDES:
         blade = radius(size, (0.5 + side * lateral, anatomy.apex + 0.17), (0.055, 0.14), -side * 0.25)
         bones += 0.05 * edge((1 - blade) * 0.055, 0.025)
     return bones
+
+
+def _mirrored(outward: NDArray[np.float64], down: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Curves [n, points] given from the midline outwards, on both sides: [2 n, points, 2] of x and y."""
+    return np.concatenate([np.stack([0.5 + side * outward, down], -1) for side in SIDES])
 
 
 def _soft_tissue(scene: Scene, above: Array) -> None:

@@ -6,14 +6,13 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.sources.phantom.parameters import PARAMETERS
+from pipeline.sources.phantom.parameters import FREQUENCIES, PARAMETERS
 
 Profile = Literal["dense", "nih"]
 FINDINGS = (
@@ -74,22 +73,28 @@ def view(seed: int, index: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _frequencies() -> tuple[tuple[tuple[int, ...], ...], NDArray[np.int64]]:
-    """Label sets of the NIH table as finding indices, and their cumulative counts."""
-    content = json.loads(files("pipeline.sources.phantom").joinpath("nih_frequencies.json").read_text("utf-8"))
+def frequencies() -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
+    """Label sets of the NIH table as indices into `FINDINGS`, most frequent first, and how many images have each."""
+    content = json.loads(FREQUENCIES.read_text("utf-8"))
     sets = [tuple(FINDINGS.index(name) for name in key.split("|") if name) for key in content["counts"]]
-    return tuple(sets), np.cumsum(np.fromiter(content["counts"].values(), np.int64))
+    return tuple(sets), tuple(content["counts"].values())
+
+
+@lru_cache(maxsize=1)
+def _cumulative() -> NDArray[np.int64]:
+    """Running sum of the counts."""
+    return np.cumsum(np.array(frequencies()[1], np.int64))
 
 
 @lru_cache(maxsize=1)
 def _affinity() -> NDArray[np.float64]:
     """How findings attract each other: the NIH table's lift among images with several findings, within [1/4, 4]."""
-    sets, cumulative = _frequencies()
+    sets, counts = frequencies()
     joint = np.zeros((len(FINDINGS), len(FINDINGS)))
     total = 0
-    for members, count in zip(sets, np.diff(cumulative, prepend=0), strict=True):
+    for members, count in zip(sets, counts, strict=True):
         if len(members) > 1:
-            total += int(count)
+            total += count
             joint[np.ix_(members, members)] += count
     alone = np.diag(joint)
     affinity: NDArray[np.float64] = np.clip(joint * total / np.outer(alone, alone), 0.25, 4.0)
@@ -98,7 +103,7 @@ def _affinity() -> NDArray[np.float64]:
 
 def _nih(rng: np.random.Generator) -> tuple[int, ...]:
     """A label set with its real frequency."""
-    sets, cumulative = _frequencies()
+    sets, cumulative = frequencies()[0], _cumulative()
     return sets[int(np.searchsorted(cumulative, int(rng.random() * cumulative[-1]), side="right"))]
 
 

@@ -7,9 +7,13 @@ A range `(subtle, plain)` of a sign is read at the sign's severity in [0, 1]; a 
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
 
 PHANTOM_VERSION = 1
 """Rises whenever a given (seed, index, profile, size) yields another image or other labels."""
+
+FREQUENCIES = files("pipeline.sources.phantom").joinpath("nih_frequencies.json")
+"""Counts of the NIH table's label sets; `labels.count_label_sets` makes it from that table."""
 
 Range = tuple[float, float]
 
@@ -33,7 +37,7 @@ class AnatomyRanges:
     clavicle: Range = (0.055, 0.105)  # y below the apex
     rib_pitch: Range = (0.066, 0.080)
     rib_slope: Range = (0.05, 0.12)
-    rib_density: Range = (0.04, 0.09)
+    rib_density: Range = (0.05, 0.11)
     lung_depth: Range = (0.40, 0.50)  # how much darker air is than tissue
     tissue: Range = (0.60, 0.70)
     vessels: Range = (0.09, 0.17)
@@ -64,7 +68,7 @@ class SignRanges:
     severity_power: float = 0.8  # severity = uniform ** power; above 1 means more subtle signs
     atelectasis_opacity: Range = (0.45, 0.95)
     atelectasis_lift: Range = (0.025, 0.11)
-    cardiomegaly_ratio: Range = (0.505, 0.58)
+    cardiomegaly_ratio: Range = (0.515, 0.6)
     effusion_height: Range = (0.06, 0.3)
     infiltration_opacity: Range = (0.4, 0.9)
     mass_radius: Range = (0.07, 0.135)
@@ -74,7 +78,7 @@ class SignRanges:
     pneumonia_opacity: Range = (0.55, 1.0)
     pneumothorax_rim: Range = (0.12, 0.52)  # share of the lung's width that is free air
     consolidation_opacity: Range = (0.45, 0.95)
-    edema_opacity: Range = (0.1, 0.4)
+    edema_opacity: Range = (0.08, 0.5)
     emphysema_flatten: Range = (0.25, 0.9)
     emphysema_dark: Range = (0.05, 0.22)
     fibrosis_opacity: Range = (0.25, 0.8)
@@ -111,9 +115,9 @@ PARAMETERS = Parameters()
 
 
 def digest() -> str:
-    """SHA-256 (hex) over version and parameters; stored in a data set's card."""
+    """SHA-256 (hex) over version, parameters and label frequencies; stored in a data set's card."""
     content = json.dumps({"version": PHANTOM_VERSION, **asdict(PARAMETERS)}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(content.encode() + FREQUENCIES.read_bytes()).hexdigest()
 
 
 def at(span: Range, severity: float) -> float:

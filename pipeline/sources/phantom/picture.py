@@ -43,7 +43,7 @@ def draw(case: Case, size: int, masks: bool = True) -> tuple[NDArray[np.uint8], 
     """The image of a case as uint8 [size, size], and where each sign is as bool [size, size] (empty if not `masks`)."""
     cv2.setNumThreads(0)
     pose = draw_pose(generator(case.seed, "pose", case.index))
-    anatomy = _proportions(case, pose)
+    anatomy = proportions(case, pose)
     scene = build(anatomy, size, generator(case.seed, "vessels", case.patient))
     regions = {
         name: SIGNS[name](scene, severity, generator(case.seed, "sign", case.index, FINDINGS.index(name), 1))
@@ -70,7 +70,7 @@ def render_with_signs(
     return draw(case_of(seed, index, profile), size)
 
 
-def _proportions(case: Case, pose: Pose) -> Anatomy:
+def proportions(case: Case, pose: Pose) -> Anatomy:
     """The patient's anatomy as this image and its findings change it."""
     anatomy = draw_anatomy(generator(case.seed, "patient", case.patient, 1), case.female)
     portable = case.view == "AP"

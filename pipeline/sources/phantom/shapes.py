@@ -1,6 +1,6 @@
 """Raster primitives of the synthetic radiographs: soft edges, ellipses, strokes and smooth noise at any size."""
 
-from collections.abc import Sequence
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -23,17 +23,19 @@ def grid(size: int) -> tuple[Array, Array]:
 
 def edge(distance: Array, width: float) -> Array:
     """A soft step: 0 where `distance` <= -width/2, 1 where >= width/2; same shape."""
-    return np.asarray(np.clip(distance * np.float32(1 / width) + np.float32(0.5), 0, 1))
+    step = np.asarray(distance * np.float32(1 / width))
+    step += np.float32(0.5)
+    return step.clip(0, 1, out=step)
 
 
 def radius(size: int, centre: tuple[float, float], radii: tuple[float, float], angle: float = 0.0) -> Array:
     """Distance from the centre in units of an ellipse's radii: 1 on its border; [size, size]. `angle` in radians."""
     x, y = grid(size)
     dx, dy = x - np.float32(centre[0]), y - np.float32(centre[1])
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    along = dx * (cos / np.float32(radii[0])) + dy * (sin / np.float32(radii[0]))
-    across = dy * (cos / np.float32(radii[1])) - dx * (sin / np.float32(radii[1]))
-    return np.asarray(np.sqrt(along * along + across * across))
+    cos, sin = math.cos(angle), math.sin(angle)
+    along = dx * (cos / radii[0]) + dy * (sin / radii[0])
+    across = dx * (-sin / radii[1]) + dy * (cos / radii[1])
+    return np.asarray(cv2.magnitude(along, across))
 
 
 def bell(distance: Array) -> Array:
@@ -48,15 +50,27 @@ def smooth_noise(rng: np.random.Generator, cells: int, size: int) -> Array:
     return np.asarray(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR))
 
 
-def strokes(size: int, curves: Sequence[NDArray[np.floating]], width: float, canvas: Array | None = None) -> Array:
-    """Curves ([points, 2] of x, y) drawn with a width; below one pixel they fade instead. [size, size] in [0, 1]."""
+def strokes(size: int, curves: NDArray[np.floating], width: float) -> Array:
+    """Curves ([n, points, 2] of x, y) drawn with a width; below one pixel they fade instead. [size, size] in [0, 1]."""
     pixels = max(1, round(width * size))
     level = min(1.0, width * size / pixels)
     drawn = np.zeros((size, size), np.uint8)
-    fixed = [np.rint((np.asarray(curve) * size - 0.5) * (1 << _SHIFT)).astype(np.int32) for curve in curves]
-    cv2.polylines(drawn, fixed, False, 255, pixels, cv2.LINE_AA, _SHIFT)
-    result: Array = drawn.astype(np.float32) * np.float32(level / 255)
-    return result if canvas is None else np.maximum(canvas, result)
+    fixed = np.rint((curves * size - 0.5) * (1 << _SHIFT)).astype(np.int32, order="C")
+    cv2.polylines(drawn, list(fixed), False, 255, pixels, cv2.LINE_AA, _SHIFT)
+    return drawn * np.float32(level / 255)
+
+
+def bands(size: int, curves: NDArray[np.floating], width: float) -> Array:
+    """Curves ([n, points, 2] of x, y) as filled bands, `width` tall at every point; they must not overlap each other.
+
+    A third of the cost of thick strokes, and of exact width at every size. [size, size] in [0, 1].
+    """
+    half = np.array([0.0, width / 2])
+    drawn = np.zeros((size, size), np.uint8)
+    border = np.concatenate([curves - half, curves[:, ::-1] + half], axis=1)
+    fixed = np.rint((border * size - 0.5) * (1 << _SHIFT)).astype(np.int32, order="C")
+    cv2.fillPoly(drawn, list(fixed), 255, cv2.LINE_AA, _SHIFT)
+    return drawn * np.float32(1 / 255)
 
 
 def blur(image: Array, sigma: float) -> Array:

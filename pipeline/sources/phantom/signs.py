@@ -90,7 +90,8 @@ def effusion(scene: Scene, severity: float, rng: Generator) -> Array:
         height = at(_S.effusion_height, severity) * (1.0 if side == first else 0.6)
         lowest = anatomy.dome_of(side) + 0.8 * anatomy.angle_depth
         lateral = np.clip(scene.lateral[side], 0, 1)
-        level = lowest - height * (0.75 + 0.55 * lateral**3 + 0.08 * (1 - lateral) ** 4)
+        climb = 0.75 + 0.55 * lateral * lateral * lateral + 0.08 * bell(lateral)
+        level = lowest - height * climb
         region = np.maximum(region, edge(y - level, 0.016) * scene.lungs[side])
     scene.fill(0.97 * region)
     return region
@@ -195,11 +196,11 @@ def edema(scene: Scene, severity: float, rng: Generator) -> Array:
         region += bell(wing / 1.25) * scene.lungs[side]
         for number in range(5):
             start = scene.anatomy.place(side, 0.99, 0.80 + 0.05 * number)
-            lines.append(np.array([start, (start[0] - side * 0.045, start[1] + 0.004)]))
+            lines.append([start, (start[0] - side * 0.045, start[1] + 0.004)])
     amount = np.float32(at(_S.edema_opacity, severity))
     scene.fill(amount * region * (0.8 + 0.4 * smooth_noise(rng, 20, scene.size)).clip(0, 1))
     np.maximum(scene.vessels, (1.3 + severity) * blur(scene.vessels, 0.008), out=scene.vessels)
-    septa = strokes(scene.size, lines, 0.005) * (scene.lungs[-1] + scene.lungs[1])
+    septa = strokes(scene.size, np.array(lines), 0.005) * (scene.lungs[-1] + scene.lungs[1])
     scene.added += (0.05 + 0.06 * severity) * septa
     return region
 
