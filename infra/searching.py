@@ -1,5 +1,7 @@
 """A search as a person starts it: on the screen, in MLflow as one parent run with a child a trial, and on disk."""
 
+from pathlib import Path
+
 import optuna
 
 from infra.console import Display
@@ -7,9 +9,12 @@ from infra.listeners import TrialLines
 from infra.settings import Settings, run_config
 from pipeline import runtime, storage
 from pipeline.card import read_card
+from pipeline.evaluate import evaluate
 from tuning import search as searches
 from tuning.listeners import MlflowCallback, close_run, data_tags, open_run
+from tuning.outcome import TRIALS, SearchResult
 from tuning.record import Status
+from tuning.report import write_report
 from tuning.space import Space
 from tuning.tracking import Tracker
 
@@ -23,7 +28,7 @@ def search(
     display: Display,
     resume: bool = False,
     verbose: bool = False,
-) -> searches.SearchResult:
+) -> SearchResult:
     """Searches `space` around the run of `settings`, followed by `display` and MLflow.
 
     Args:
@@ -54,10 +59,18 @@ def search(
             out,
             resume=resume and storage.exists(storage.join(out, searches.STATE)),
             listeners=[TrialLines(display, settings.search, run.train.epochs)],
-            callbacks=[MlflowCallback(tracker, parent, storage.join(out, searches.TRIALS), tags=tags)],
+            callbacks=[MlflowCallback(tracker, parent, storage.join(out, TRIALS), tags=tags)],
         )
         status = Status.FINISHED
     finally:
         close_run(tracker, out, parent, status)
         tracker.close()
     return result
+
+
+def report(checkpoint: Path, data: str, out: str) -> str:
+    """Scores the best checkpoint on the validation split, writes search.html into `out` and gives its place."""
+    scores, page = storage.join(out, "val"), storage.join(out, "search.html")
+    evaluate(checkpoint, data, "val", scores)
+    write_report(page, evaluation=scores, data=data, checkpoint=checkpoint, search=out, title="Search")
+    return page

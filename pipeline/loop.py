@@ -13,26 +13,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpc import checkpoint as checkpoints
-from mpc.build import build_method, build_model
+from mpc.build import build_method
 from mpc.config import CheckpointInfo
 from mpc.errors import UserError
 from mpc.method import Batch, Method, Progress, StepOutput
 from mpc.model import Classifier, Ema
-from mpc.weights import read_tensors
-from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
 from pipeline.scoring import Scored, score_rows, validation_metrics
-from pipeline.stream import Arrays, TrainingData, batches
+from pipeline.setup import Timed, make_model, make_optimizer, to_device
+from pipeline.stream import TrainingData, batches
 from pipeline.versions import git_commit, versions
 
 Metrics = dict[str, Any]
@@ -129,7 +127,7 @@ class Loop:
                 self._report({"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}, {})
         return metrics
 
-    def _batches(self) -> Iterator["Timed"]:
+    def _batches(self) -> Iterator[Timed]:
         """Batches from the running step on, on the device, each with the seconds that it was waited for."""
         run = self.run
         data = TrainingData(
@@ -290,38 +288,3 @@ class Loop:
         self.method.load_state_dict(state["method"])
         self.meter.load_state_dict(state["meter"])
         return dict(info.metrics)
-
-
-class Timed:
-    """A batch on the device, and how long it was waited for."""
-
-    __slots__ = ("batch", "waited")
-
-    def __init__(self, batch: Batch, waited: float) -> None:
-        self.batch, self.waited = batch, waited
-
-
-def to_device(arrays: Arrays, device: torch.device) -> Batch:
-    """NumPy arrays as tensors on the device; pinned and asynchronous where it is a GPU."""
-
-    def move(array: np.ndarray[Any, Any]) -> Tensor:
-        tensor = torch.from_numpy(np.array(array))  # a copy: Ray's arrays are read-only views of shared memory
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-    return Batch._make(None if array is None else move(array) for array in arrays)
-
-
-def make_model(run: RunConfig, card: DatasetCard) -> Classifier:
-    """The network of a run, with its pretrained weights where `model.weights` names a file."""
-    weights, tensors = run.model.weights, None
-    if weights not in ("none", "imagenet"):
-        tensors = read_tensors(storage.read_bytes(weights), weights)
-    return build_model(run, len(card.findings), card.pixels, tensors=tensors, amp=run.train.amp)
-
-
-def make_optimizer(run: RunConfig, groups: Any) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum 0.9."""
-    optim = run.optim
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)

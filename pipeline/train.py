@@ -1,6 +1,5 @@
 """One training run as a Ray Train job: any number of workers, continued after a fault or with `resume`."""
 
-import json
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,13 +20,14 @@ from mpc.errors import UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.config import RunConfig
-from pipeline.loop import Loop, Metrics, make_model
+from pipeline.loop import Loop, Metrics
 from pipeline.plan import make_plan
-from pipeline.record import MetricsLog
+from pipeline.record import MetricsLog, claim
+from pipeline.setup import make_model
 
 log = logging.getLogger(__name__)
 
-RUN_FILE, STORAGE_NAME, BEST = "run.json", "train", "best"
+STORAGE_NAME, BEST = "train", "best"
 
 
 class Listener(Protocol):
@@ -130,7 +130,7 @@ def train(
     build_method(run.train.method, run, make_model(run, card))
     runtime.start()
     preflight(run)
-    claim(run, card, out, resume)
+    claim(out, {"config": run.model_dump(mode="json"), "data_digest": card.digest}, resume=resume)
     queue = Queue(actor_options={"num_cpus": 0})
     for listener in listeners:
         listener.on_start(run, card)
@@ -149,29 +149,6 @@ def train(
     history = MetricsLog(out).read()
     key = f"val_{run.train.metric}"
     return TrainResult(best, max(history, key=lambda line: line[key]), history)
-
-
-def claim(run: RunConfig, card: DatasetCard, out: str, resume: bool) -> None:
-    """Makes `out` the place of this run, or checks that it is.
-
-    Raises:
-        UserError: something lies there and `resume` is off, or another configuration or data set began there.
-    """
-    record: dict[str, Any] = {"config": run.model_dump(mode="json"), "data_digest": card.digest}
-    place = storage.join(out, RUN_FILE)
-    if not storage.exists(place):
-        if not resume and not storage.is_empty(out):
-            raise UserError(f"--out {out} is not empty; choose another folder, or continue a run with --resume")
-        storage.write_bytes(place, json.dumps(record, indent=2).encode())
-        return
-    if not resume:
-        raise UserError(f"--out {out} holds a run; continue it with --resume, or choose another folder")
-    begun = json.loads(storage.read_bytes(place))
-    if begun["data_digest"] != card.digest:
-        raise UserError(f"--out {out} was begun on another data set; give the same --data, or another --out")
-    changed = [key for key, value in record["config"].items() if begun["config"].get(key) != value]
-    if changed:
-        raise UserError(f"--out {out} was begun with another {changed[0]}; give the same settings, or another --out")
 
 
 def preflight(run: RunConfig) -> None:

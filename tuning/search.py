@@ -1,15 +1,10 @@
 """A search on Ray Tune: trials, early stopping, resumption, and what a search leaves behind."""
 
-import json
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from pyarrow import fs
 from ray import tune
 from ray.tune import Callback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
@@ -18,14 +13,15 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
-from pipeline.card import DatasetCard, read_card
+from pipeline.card import read_card
 from pipeline.config import RunConfig
-from pipeline.record import MetricsLog
+from pipeline.record import claim
 from tuning.config import SearchConfig
+from tuning.outcome import TRIALS, SearchResult, conclude, identity
 from tuning.space import Space
 from tuning.trial import run_trial
 
-TRIALS, STATE, SEARCH_FILE, BEST = "trials", "tune", "search.json", "best"
+STATE = "tune"
 
 
 class SearchListener(Protocol):
@@ -42,30 +38,6 @@ class SearchListener(Protocol):
     def on_trial_end(self, trial_id: str, status: str) -> None:
         """`finished`, `stopped` (early, by the scheduler) or `failed`."""
         ...
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial as search.json holds it."""
-
-    trial_id: str
-    status: str
-    """`finished`, `stopped`, `failed` or `unfinished`."""
-    params: dict[str, Any]
-    epochs: int
-    value: float | None
-    """Best value of the searched metric over its epochs."""
-    error: str | None
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search found."""
-
-    trials: list[Trial]
-    best: Trial
-    best_checkpoint: str
-    """URI of the best trial's best checkpoint."""
 
 
 _listeners: list[SearchListener] = []  # of this process's search: Tune pickles callbacks, displays are not picklable
@@ -127,6 +99,7 @@ def search(
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
     runtime.start(dashboard=run.train.num_workers > 1)
+    claim(out, identity(run, config, space, card), resume=resume)
     concurrent = concurrency(run, config, ray.cluster_resources())
     _listeners[:] = listeners
     trainable = tune.with_resources(
@@ -140,12 +113,7 @@ def search(
         grid = tuner.fit()
     finally:
         _listeners.clear()
-    trials = [_trial(result, run, config, out) for result in grid]
-    best = _best(trials, config)
-    checkpoint = _publish(grid[trials.index(best)], config, out)
-    _prune(grid, trials, config)
-    _write(out, card, run, config, space, trials, best)
-    return SearchResult(trials, best, checkpoint)
+    return conclude(grid, run, config, space, card, out)
 
 
 def trial_resources(run: RunConfig) -> dict[str, float]:
@@ -197,6 +165,7 @@ def _fresh(
             max_concurrent_trials=concurrent,
             time_budget_s=config.max_hours * 3600 if config.max_hours else None,
             reuse_actors=run.train.num_workers == 1,
+            trial_dirname_creator=_folder,
         ),
         run_config=tune.RunConfig(
             name=STATE,
@@ -209,6 +178,11 @@ def _fresh(
             verbose=0,
         ),
     )
+
+
+def _folder(trial: Any) -> str:
+    """A trial's folder carries its id, in Tune's state as in trials/."""
+    return str(trial.trial_id)
 
 
 def _restored(trainable: Any, space: Space, out: str) -> tune.Tuner | None:
@@ -232,8 +206,10 @@ def _restored(trainable: Any, space: Space, out: str) -> tune.Tuner | None:
 def _searcher(config: SearchConfig) -> Searcher | SearchAlgorithm:
     if config.searcher == "random":
         return BasicVariantGenerator(random_state=config.seed)
+    import optuna
     from optuna.samplers import TPESampler
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = TPESampler(multivariate=True, seed=config.seed, n_startup_trials=min(10, max(3, config.max_trials // 3)))
     return OptunaSearch(metric=config.metric, mode=config.mode, sampler=sampler)
 
@@ -247,73 +223,3 @@ def _scheduler(config: SearchConfig, epochs: int) -> TrialScheduler:
         grace_period=min(config.grace_epochs, epochs),
         reduction_factor=config.reduction_factor,
     )
-
-
-def _trial(result: tune.Result, run: RunConfig, config: SearchConfig, out: str) -> Trial:
-    trial_id = Path(result.path).name.split("_")[2] if result.path else ""
-    trial_id = result.metrics.get("trial_id", trial_id) if result.metrics else trial_id
-    history = MetricsLog(storage.join(out, TRIALS, trial_id)).read()
-    values = [line[config.metric] for line in history if line.get(config.metric) is not None]
-    epochs = len(history)
-    status = "failed" if result.error else "finished" if epochs >= run.train.epochs else "stopped"
-    better = max if config.mode == "max" else min
-    error = str(result.error).strip().splitlines()[-1][:500] if result.error else None
-    return Trial(trial_id, status, dict(result.config), epochs, better(values) if values else None, error)
-
-
-def _best(trials: list[Trial], config: SearchConfig) -> Trial:
-    ended = [trial for trial in trials if trial.value is not None and trial.status != "failed"]
-    if not ended:
-        reasons = sorted({trial.error or "no epoch finished" for trial in trials})
-        raise UserError(f"none of {len(trials)} trials reported {config.metric}: {'; '.join(reasons)[:400]}")
-    return (max if config.mode == "max" else min)(ended, key=lambda trial: trial.value or 0.0)
-
-
-def _publish(result: tune.Result, config: SearchConfig, out: str) -> str:
-    """Copies the best checkpoint of the best trial to best/."""
-    checkpoint = result.get_best_checkpoint(config.metric, config.mode)
-    target = storage.join(out, BEST)
-    storage.delete(target)
-    filesystem, path = storage.resolve(target)
-    filesystem.create_dir(path, recursive=True)
-    fs.copy_files(checkpoint.path, path, source_filesystem=checkpoint.filesystem, destination_filesystem=filesystem)
-    return target
-
-
-def _prune(grid: tune.ResultGrid, trials: list[Trial], config: SearchConfig) -> None:
-    """Deletes the checkpoints of all but the best `keep_trials` trials."""
-    sign = -1.0 if config.mode == "max" else 1.0
-    order = sorted(
-        (i for i, trial in enumerate(trials) if trial.value is not None), key=lambda i: sign * (trials[i].value or 0.0)
-    )
-    for index in set(range(len(trials))) - set(order[: config.keep_trials]):
-        for checkpoint, _ in grid[index].best_checkpoints or []:
-            if isinstance(checkpoint.filesystem, fs.LocalFileSystem):
-                shutil.rmtree(checkpoint.path, ignore_errors=True)
-            else:
-                checkpoint.filesystem.delete_dir(checkpoint.path)
-
-
-def _write(
-    out: str,
-    card: DatasetCard,
-    run: RunConfig,
-    config: SearchConfig,
-    space: Space,
-    trials: list[Trial],
-    best: Trial,
-) -> None:
-    record = {
-        "schema_version": 1,
-        "data_digest": card.digest,
-        "synthetic": card.synthetic,
-        "metric": config.metric,
-        "mode": config.mode,
-        "max_epochs": run.train.epochs,
-        "space": dict(space.describe()),
-        "config": run.model_dump(mode="json"),
-        "search": config.model_dump(mode="json"),
-        "best": best.trial_id,
-        "trials": [trial.__dict__ for trial in trials],
-    }
-    storage.write_bytes(storage.join(out, SEARCH_FILE), json.dumps(record, indent=2).encode())

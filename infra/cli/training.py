@@ -14,6 +14,7 @@ from infra.cli.options import (
     Set,
     Verbose,
     claim,
+    fetch,
     settings_of,
     start_ray,
 )
@@ -22,7 +23,7 @@ from infra.settings import Settings, run_config
 from infra.tracking import tracking_uri
 
 if TYPE_CHECKING:
-    from tuning.search import SearchResult
+    from tuning.outcome import SearchResult
 
 Space = Annotated[
     str,
@@ -115,12 +116,13 @@ def tune(
         show_plan(settings, data, out)
         table(f"searched in up to {settings.search.max_trials} trials", ["setting", "values"], found.describe())
         return
-    from infra.searching import search
+    from infra.searching import report, search
 
     with progress("tune") as display:
         result = search(settings, found, data, out, tracking_uri(settings, out), display, resume, verbose)
     show_trials(result, settings.search.metric, settings.search.mode)
     say(f"best checkpoint: {result.best_checkpoint}")
+    say(f"report: {report(fetch(result.best_checkpoint), data, out)}")
 
 
 def show_trials(result: "SearchResult", metric: str, mode: str) -> None:

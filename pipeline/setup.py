@@ -1,0 +1,52 @@
+"""What the training loop is put together from: network, optimiser, batches on the device."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpc.build import build_model
+from mpc.method import Batch
+from mpc.model import Classifier
+from mpc.weights import read_tensors
+from pipeline import storage
+from pipeline.card import DatasetCard
+from pipeline.config import RunConfig
+from pipeline.stream import Arrays
+
+
+class Timed:
+    """A batch on the device, and how long it was waited for."""
+
+    __slots__ = ("batch", "waited")
+
+    def __init__(self, batch: Batch, waited: float) -> None:
+        self.batch, self.waited = batch, waited
+
+
+def to_device(arrays: Arrays, device: torch.device) -> Batch:
+    """NumPy arrays as tensors on the device; pinned and asynchronous where it is a GPU."""
+
+    def move(array: np.ndarray[Any, Any]) -> Tensor:
+        tensor = torch.from_numpy(np.array(array))  # a copy: Ray's arrays are read-only views of shared memory
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return Batch._make(None if array is None else move(array) for array in arrays)
+
+
+def make_model(run: RunConfig, card: DatasetCard) -> Classifier:
+    """The network of a run, with its pretrained weights where `model.weights` names a file."""
+    weights, tensors = run.model.weights, None
+    if weights not in ("none", "imagenet"):
+        tensors = read_tensors(storage.read_bytes(weights), weights)
+    return build_model(run, len(card.findings), card.pixels, tensors=tensors, amp=run.train.amp)
+
+
+def make_optimizer(run: RunConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum 0.9."""
+    optim = run.optim
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
