@@ -133,6 +133,8 @@ def _publish(result: tune.Result, best: Trial, run: RunConfig, config: SearchCon
 
 def _delete_checkpoints(result: tune.Result, folder: str) -> None:
     for checkpoint, _ in result.best_checkpoints or []:
-        checkpoint.filesystem.delete_dir(checkpoint.path)
+        # a search that is continued after its end has deleted them already
+        if checkpoint.filesystem.get_file_info(checkpoint.path).type != fs.FileType.NotFound:
+            checkpoint.filesystem.delete_dir(checkpoint.path)
     for name in (STORAGE_NAME, BEST):
         storage.delete(storage.join(folder, name))
