@@ -53,3 +53,9 @@ def test_demo_and_what_follows(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "val" / "metrics.json").read_text())["split"] == "val"
     assert "sound" in call("check", "--data", str(out / "data"))
     assert "runs" in call("sync", "--out", str(out / "search"), *tracking)
+
+    run, one_epoch = tmp_path / "run", ["--config", "demo", "--set", "train.epochs=1"]
+    assert "would train" in call("train", "--data", str(out / "data"), "--out", str(run), *one_epoch, "--dry-run")
+    assert "best epoch 1 of 1" in call("train", "--data", str(out / "data"), "--out", str(run), *one_epoch)
+    assert (run / "mlflow.db").exists()
+    assert "best epoch 1 of 1" in call("train", "--data", str(out / "data"), "--out", str(run), *one_epoch, "--resume")
