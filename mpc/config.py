@@ -16,7 +16,7 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 class Config(BaseModel):
     """Frozen, and refuses unknown keys: a mistyped key is an error, never a silent default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class PixelSpec(Config):

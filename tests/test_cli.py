@@ -116,7 +116,7 @@ def test_settings_and_schema_are_shown() -> None:
     shown = call("config", "show", "--config", "wan", "--set", "optim.lr=0.5")
     assert "lr: 0.5" in shown.stdout
     assert "sup: wan" in shown.stdout
-    assert '"lambda_ipc"' in call("config", "schema").stdout
+    assert "Weight of instance-level consistency" in call("config", "schema").stdout
     assert "lac-plc" in call("config", "presets").stdout
 
 
