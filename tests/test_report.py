@@ -1,12 +1,8 @@
 """The report: made from files alone, self-contained, the same bytes each time, true to metrics.json, safe to open."""
 
-import base64
-import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from factory import FINDINGS, SIZE, tiny_checkpoint, tiny_data
-from PIL import Image
+from pages import Page, pixels_of
 
 from mpc import checkpoint as checkpoints
 from mpc.errors import MissingError, UserError
@@ -112,46 +108,6 @@ def plain(material: Material, tmp_path_factory: pytest.TempPathFactory) -> str:
 def searched(material: Material, search: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of a checkpoint with its search."""
     return report(material, tmp_path_factory.mktemp("searched") / "report.html", search)
-
-
-class Page(HTMLParser):
-    """Elements, visible text by section, and cells of tables."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.words: dict[str, str] = {}
-        self._section, self._cell, self._silent = "head", False, False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._section = dict(attrs).get("id") or self._section if tag == "section" else self._section
-        self._silent = tag in ("style", "title") or (self._silent and tag not in ("body", "meta"))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th") and self.rows:
-            self.rows[-1].append("")
-            self._cell = True
-
-    def handle_endtag(self, tag: str) -> None:
-        self._silent = self._silent and tag not in ("style", "title")
-        self._cell = self._cell and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        if self._silent:
-            return
-        self.words[self._section] = self.words.get(self._section, "") + data
-        if self._cell:
-            self.rows[-1][-1] += data.replace("\u200b", "").strip()
-
-    def row(self, first: str) -> list[str]:
-        """The first row that begins with `first`, but for the mark of few images."""
-        return next(row for row in self.rows if row and row[0].removesuffix("*").strip() == first)
-
-    def images(self) -> Iterator[dict[str, str | None]]:
-        return (attributes for tag, attributes in self.tags if tag == "img")
 
 
 def test_scores_are_those_of_metrics_json(material: Material, plain: str) -> None:
@@ -382,10 +338,6 @@ def test_the_report_goes_to_a_bucket(material: Material, plain: str, bucket: str
         title="A report",
     )
     assert storage.read_bytes(f"{bucket}/report.html").decode() == plain
-
-
-def pixels_of(uri: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
 
 
 def copied(material: Material, folder: Path, **changes: Any) -> str:

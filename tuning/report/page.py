@@ -64,7 +64,7 @@ def _content(inputs: Inputs) -> dict[str, Any]:
         "max_side": pictures.MAX_SIDE,
         "places": inputs.places,
         "command": _command(inputs),
-        "defaults": [row.name for row in rows if row.default],
+        "defaults": [row.name for row in rows if row.both and row.default],
     }
 
 
