@@ -17,6 +17,7 @@ from pipeline.predict import predict
 from pipeline.shards import prepare
 from pipeline.sources import phantom
 from tuning import registry
+from tuning.report import write_report
 from tuning.space import load as load_space
 
 SPACE = "demo"
@@ -56,6 +57,7 @@ class Demo:
             ("promote", self.promote),
             ("evaluate", self.evaluate),
             ("predict", self.predict),
+            ("report", self.report),
         ]
         rows, began = [], time.monotonic()
         for number, (name, step) in enumerate(steps, 1):
@@ -142,9 +144,22 @@ class Demo:
             summary = predict(self.model, str(folder), target, progress=display)
         return f"{summary.images} new images, {summary.failed} unreadable"
 
+    def report(self) -> str:
+        """Writes one page about all of it."""
+        write_report(
+            self.place("report.html"),
+            evaluation=self.place("test"),
+            data=self.place("data"),
+            checkpoint=self.model,
+            search=self.place("search"),
+            title="Demo on synthetic radiographs",
+        )
+        return "trials, curves, scores, example images with predictions"
+
     def show_places(self) -> None:
         """Where to look, and the commands that go on from here."""
         places = {
+            "report": "report.html",
             "trials": "search/search.json",
             "best checkpoint": "search/best",
             "test metrics": "test/metrics.json",

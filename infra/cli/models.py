@@ -54,11 +54,23 @@ def evaluate(
     settings = settings_of(config, set_, verbose)
     folder = checkpoint_of(checkpoint, model, settings, near=out)
     claim(out)
+    from pipeline import storage
     from pipeline.evaluate import evaluate as score
+    from tuning.report import search_beside, write_report
 
     metrics = score(folder, data, split, out, batch_size=settings.train.eval_batch_size)
     show_metrics(metrics)
+    report = storage.join(out, "report.html")
+    write_report(
+        report,
+        evaluation=out,
+        data=data,
+        checkpoint=folder,
+        search=search_beside(checkpoint) if checkpoint else None,
+        title=f"{model or checkpoint} on the {split} split",
+    )
     say(f"predictions and metrics: {out}")
+    say(f"report: {report}")
 
 
 def predict(
