@@ -62,8 +62,9 @@ class TwoViews:
 
 def _run(pipeline: A.Compose, image: Image, generators: tuple[np.random.Generator, random.Random]) -> Image:
     pipeline.set_random_state(*generators)
-    out: Image = np.ascontiguousarray(pipeline(image=image)["image"])
-    return out.copy() if np.may_share_memory(out, image) else out
+    # a copy, because some transforms of albumentations write into their input
+    out: Image = np.ascontiguousarray(pipeline(image=image.copy())["image"])
+    return out
 
 
 class ElasticDeformation(A.ImageOnlyTransform):  # type: ignore[misc]
