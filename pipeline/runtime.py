@@ -4,7 +4,9 @@ import logging
 import os
 
 import ray
+from ray._private.services import find_gcs_addresses
 
+from mpc.errors import UserError
 from pipeline.environment import ENVIRONMENT
 
 
@@ -29,6 +31,23 @@ def start(
         ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, logging_level=level, log_to_driver=verbose)
     else:
         ray.init(num_cpus=num_cpus, include_dashboard=dashboard, logging_level=level, log_to_driver=verbose)
+        if dashboard:
+            _refuse_neighbours()
+
+
+def _refuse_neighbours() -> None:
+    """Ray frees a stopped trial's resources through a client that looks for "the" local cluster; two would block it.
+
+    Raises:
+        UserError: another cluster runs on this machine.
+    """
+    found = find_gcs_addresses()
+    if len(found) > 1:
+        ray.shutdown()
+        raise UserError(
+            f"{len(found) - 1} other Ray cluster runs on this machine, and trials of several workers could not free "
+            f"their resources; end it (`ray stop`), or set RAY_ADDRESS to the one to use"
+        )
 
 
 def stop() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from mpc.checkpoint import read_info
 from mpc.errors import UserError
+from pipeline import runtime
 from pipeline.config import RunConfig
 from pipeline.record import MetricsLog
 from tuning import space as spaces
@@ -115,7 +116,9 @@ def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(phantom_data: str, 
     out = tmp_path / "search"
     result = search(base, config, spaces.load(write_space(tmp_path, text), base), phantom_data, str(out))
     failed = [t for t in result.trials if t.status == "failed"]
-    bad = [t for t in result.trials if t.status != "failed" and t.params["optim.lr"] < 1e-3]
+    first_good = min(t.trial_id for t in result.trials if t.status != "failed" and t.params["optim.lr"] == 0.003)
+    # trials run one after the other, in the order of their ids: before a good one there is nothing to compare with
+    bad = [t for t in result.trials if t.status != "failed" and t.params["optim.lr"] < 1e-3 and t.trial_id > first_good]
     assert failed, "the seed draws a failing trial"
     assert bad, "the seed draws a bad trial"
     assert all("btc.heads 5" in t.error and t.params["btc.heads"] == 5 for t in failed)
@@ -137,9 +140,8 @@ def check_what_lies_there(out: Path, result: SearchResult, keep: int) -> None:
     assert len(with_weights) == keep  # the other trials' checkpoints are gone
 
 
-KILLED_SEARCH = """
+SEARCH_ALONE = """
 import sys
-from pathlib import Path
 from pipeline.config import RunConfig
 from tuning import space
 from tuning.config import SearchConfig
@@ -150,17 +152,20 @@ search(run, SearchConfig.model_validate_json(config), space.load(yaml, run), dat
 """
 
 
+def start(data: str, out: Path, base: RunConfig, config: SearchConfig, yaml: str, resume: str = "") -> subprocess.Popen:
+    """A search in a process and a local cluster of its own."""
+    arguments = [data, str(out), base.model_dump_json(), config.model_dump_json(), yaml, resume]
+    return subprocess.Popen(
+        [sys.executable, "-c", SEARCH_ALONE, *arguments], start_new_session=True, stderr=subprocess.PIPE
+    )
+
+
 @pytest.mark.slow
 def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_data: str, tmp_path: Path) -> None:
     yaml = write_space(tmp_path, "optim.lr: {loguniform: [0.001, 0.01]}")
     config = SearchConfig(**LOSS, scheduler="none", max_trials=4, max_concurrent=1)
     out = tmp_path / "search"
-
-    def start(resume: str = "") -> subprocess.Popen[bytes]:
-        arguments = [phantom_data, str(out), BASE.model_dump_json(), config.model_dump_json(), yaml, resume]
-        return subprocess.Popen([sys.executable, "-c", KILLED_SEARCH, *arguments], start_new_session=True)
-
-    killed = start()
+    killed = start(phantom_data, out, BASE, config, yaml)
     deadline = time.monotonic() + 240
     while sorted(epochs_of(out).values())[-2:] != [2, 3]:  # the first trial is through, the second in the middle
         assert time.monotonic() < deadline
@@ -170,11 +175,42 @@ def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_d
     killed.wait()
     first = next(name for name, epochs in epochs_of(out).items() if epochs == 3)
     written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns
-    assert start("resume").wait(timeout=400) == 0
+    assert start(phantom_data, out, BASE, config, yaml, "resume").wait(timeout=400) == 0
     record = json.loads((out / "search.json").read_text())
     assert [t["status"] for t in record["trials"]] == ["finished"] * 4
     assert epochs_of(out) == {t["trial_id"]: 3 for t in record["trials"]}
     assert (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(phantom_data: str, tmp_path: Path) -> None:
+    yaml = write_space(tmp_path, "optim.lr: {choice: [0.003, 0.000000001]}")
+    train = BASE.train.model_copy(update={"num_workers": 2, "worker_cpus": 0.5})
+    data = BASE.data.model_copy(update={"task_cpus": 0.2})
+    asha = {"grace_epochs": 1, "reduction_factor": 2, "max_concurrent": 1}
+    config = SearchConfig(**LOSS, **asha, searcher="random", max_trials=3, seed=1, keep_trials=1)
+    out = tmp_path / "search"
+    base = BASE.model_copy(update={"train": train, "data": data})
+    refused = start(phantom_data, out, base, config, yaml)  # the tests' own cluster runs on this machine
+    assert "other Ray cluster" in refused.communicate(timeout=100)[1].decode()
+    runtime.stop()
+    try:
+        searched = start(phantom_data, out, base, config, yaml)
+        errors = searched.communicate(timeout=300)[1].decode()
+        assert searched.returncode == 0, errors
+    finally:
+        searched.kill()
+        runtime.start(num_cpus=2)
+    trials = json.loads((out / "search.json").read_text())["trials"]
+    good = [trial for trial in trials if trial["params"]["optim.lr"] == 0.003]
+    assert good, "the seed draws a good trial"
+    bad = [trial for trial in trials if trial not in good and trial["trial_id"] > good[0]["trial_id"]]
+    assert bad, "the seed draws a bad trial behind it"
+    assert all(trial["status"] == "stopped" and trial["epochs"] == 1 for trial in bad)
+    assert [trial["epochs"] for trial in good] == [3] * len(good)
+    assert read_info(out / "best").config["train"]["num_workers"] == 2
+    left = {path.relative_to(out / "trials").parts[0] for path in (out / "trials").rglob("model.safetensors")}
+    assert left == {json.loads((out / "search.json").read_text())["best"]}
 
 
 def test_there_must_be_a_search_to_resume(phantom_data: str, tmp_path: Path) -> None:

@@ -132,9 +132,9 @@ def _publish(result: tune.Result, best: Trial, run: RunConfig, config: SearchCon
 
 
 def _delete_checkpoints(result: tune.Result, folder: str) -> None:
-    for checkpoint, _ in result.best_checkpoints or []:
-        # a search that is continued after its end has deleted them already
-        if checkpoint.filesystem.get_file_info(checkpoint.path).type != fs.FileType.NotFound:
-            checkpoint.filesystem.delete_dir(checkpoint.path)
+    """Of Tune, which keeps one more than it lists, and of Ray Train below `folder`."""
+    for entry in result.filesystem.get_file_info(fs.FileSelector(result.path, allow_not_found=True)):
+        if entry.base_name.startswith("checkpoint_"):
+            result.filesystem.delete_dir(entry.path)
     for name in (STORAGE_NAME, BEST):
         storage.delete(storage.join(folder, name))

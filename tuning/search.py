@@ -159,7 +159,7 @@ def _fresh(
         tune_config=tune.TuneConfig(
             metric=config.metric,
             mode=config.mode,
-            search_alg=_searcher(config),
+            search_alg=_searcher(config, concurrent),
             scheduler=_scheduler(config, run.train.epochs),
             num_samples=config.max_trials,
             max_concurrent_trials=concurrent,
@@ -203,9 +203,10 @@ def _restored(trainable: Any, space: Space, out: str) -> tune.Tuner | None:
     )
 
 
-def _searcher(config: SearchConfig) -> Searcher | SearchAlgorithm:
+def _searcher(config: SearchConfig, concurrent: int) -> Searcher | SearchAlgorithm:
     if config.searcher == "random":
-        return BasicVariantGenerator(random_state=config.seed)
+        # max_concurrent_trials of TuneConfig does not reach this one
+        return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed)
     import optuna
     from optuna.samplers import TPESampler
 

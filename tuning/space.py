@@ -2,7 +2,7 @@
 
 optim.lr: {loguniform: [0.0003, 0.01]}
 loss.lambda_ipc: {uniform: [0.1, 2.0]}
-views.red.rms: {quniform: [0.0, 0.015, 0.005]}
+views.red.rms: {quniform: [0.0, 0.014, 0.002]}
 views.strong.ops: {int: [1, 3]}
 loss.sup: {choice: [an, wan]}
 """
