@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from mpc.distributed import world_size as ranks
+from mpc.errors import UserError
 from mpc.metrics import operating_points, score
 from mpc.model import Classifier
 from pipeline.card import DatasetCard
@@ -92,6 +93,20 @@ def score_rows(
         np.empty(0, str),
         np.empty(0, str),
     )
+
+
+def require_validation(card: DatasetCard) -> None:
+    """Refuses a data set whose validation split could not rank one model above another.
+
+    Raises:
+        UserError: no finding has a known positive and a known negative there.
+    """
+    counts = card.counts["val"]
+    if not any(0 < counts.positives.get(name, 0) < counts.known.get(name, 0) for name in card.findings):
+        raise UserError(
+            f"no finding of {card.name} has both outcomes among the {counts.images} images of the val split; "
+            f"prepare it with a larger prepare.split.val"
+        )
 
 
 def validation_metrics(

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import ray
 import ray.train
-from pyarrow import fs
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer, get_device
 from ray.util.queue import Empty, Queue
@@ -19,15 +18,17 @@ from mpc.build import build_method
 from mpc.errors import UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
+from pipeline.checkpoints import opened, publish
 from pipeline.config import RunConfig
 from pipeline.loop import Loop, Metrics
 from pipeline.plan import make_plan
 from pipeline.record import MetricsLog, claim
+from pipeline.scoring import require_validation
 from pipeline.setup import make_model
 
 log = logging.getLogger(__name__)
 
-STORAGE_NAME, BEST = "train", "best"
+STORAGE_NAME = "train"
 
 
 class Listener(Protocol):
@@ -74,12 +75,8 @@ class TrainHost:
     @contextmanager
     def last_checkpoint(self) -> Iterator[Path | None]:
         """Downloads the checkpoint that Ray Train continues from."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+        with opened(ray.train.get_checkpoint()) as folder:
+            yield folder
 
     def report(self, metrics: Metrics, checkpoint: Path) -> None:
         """Uploads the checkpoint from rank 0; a barrier for all ranks."""
@@ -126,6 +123,7 @@ def train(
     """
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
+    require_validation(card)
     make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size)
     build_method(run.train.method, run, make_model(run, card))
     runtime.start()
@@ -246,10 +244,4 @@ def _publish(run: RunConfig, result: ray.train.Result, out: str) -> str:
     """Copies the best checkpoint to best/, where later verbs find it under one name."""
     key = f"val_{run.train.metric}"
     scored = [(metrics[key], checkpoint) for checkpoint, metrics in result.best_checkpoints if key in metrics]
-    best = max(scored, key=lambda pair: pair[0])[1]
-    target = storage.join(out, BEST)
-    storage.delete(target)
-    filesystem, path = storage.resolve(target)
-    filesystem.create_dir(path, recursive=True)
-    fs.copy_files(best.path, path, source_filesystem=best.filesystem, destination_filesystem=filesystem)
-    return target
+    return publish(max(scored, key=lambda pair: pair[0])[1], out)

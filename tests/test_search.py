@@ -155,9 +155,8 @@ search(run, SearchConfig.model_validate_json(config), space.load(yaml, run), dat
 def start(data: str, out: Path, base: RunConfig, config: SearchConfig, yaml: str, resume: str = "") -> subprocess.Popen:
     """A search in a process and a local cluster of its own."""
     arguments = [data, str(out), base.model_dump_json(), config.model_dump_json(), yaml, resume]
-    return subprocess.Popen(
-        [sys.executable, "-c", SEARCH_ALONE, *arguments], start_new_session=True, stderr=subprocess.PIPE
-    )
+    with (out.parent / "errors.txt").open("wb") as errors:
+        return subprocess.Popen([sys.executable, "-c", SEARCH_ALONE, *arguments], start_new_session=True, stderr=errors)
 
 
 @pytest.mark.slow
@@ -176,9 +175,13 @@ def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_d
     first = next(name for name, epochs in epochs_of(out).items() if epochs == 3)
     written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns
     assert start(phantom_data, out, BASE, config, yaml, "resume").wait(timeout=400) == 0
-    record = json.loads((out / "search.json").read_text())
-    assert [t["status"] for t in record["trials"]] == ["finished"] * 4
-    assert epochs_of(out) == {t["trial_id"]: 3 for t in record["trials"]}
+    trials = json.loads((out / "search.json").read_text())["trials"]
+    # the running trial may have been killed before Tune had noted it: then it is listed, and another took its place
+    lost = [t for t in trials if t["status"] == "lost"]
+    assert len(lost) <= 1
+    assert [t["status"] for t in trials if t not in lost] == ["finished"] * 4
+    assert epochs_of(out) == {t["trial_id"]: t["epochs"] for t in trials}
+    assert first in {t["trial_id"] for t in trials if t not in lost}
     assert (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns == written
 
 
@@ -192,14 +195,13 @@ def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(phantom_
     out = tmp_path / "search"
     base = BASE.model_copy(update={"train": train, "data": data})
     refused = start(phantom_data, out, base, config, yaml)  # the tests' own cluster runs on this machine
-    assert "other Ray cluster" in refused.communicate(timeout=100)[1].decode()
+    assert refused.wait(timeout=100) != 0
+    assert "other Ray cluster" in (tmp_path / "errors.txt").read_text()
     runtime.stop()
     try:
         searched = start(phantom_data, out, base, config, yaml)
-        errors = searched.communicate(timeout=300)[1].decode()
-        assert searched.returncode == 0, errors
+        assert searched.wait(timeout=300) == 0, (tmp_path / "errors.txt").read_text()[-2000:]
     finally:
-        searched.kill()
         runtime.start(num_cpus=2)
     trials = json.loads((out / "search.json").read_text())["trials"]
     good = [trial for trial in trials if trial["params"]["optim.lr"] == 0.003]

@@ -19,6 +19,7 @@ from pipeline.card import read_card
 from pipeline.config import RunConfig
 from pipeline.loop import DivergedError, Loop, Metrics
 from pipeline.record import MetricsLog
+from pipeline.scoring import require_validation
 from pipeline.train import train
 
 TINY = {
@@ -173,6 +174,14 @@ def test_what_cannot_run_is_refused_in_one_line(
         train(tiny(**sections), phantom_data, str(tmp_path / "run"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()  # a refused run leaves nothing that would ask for --resume
+
+
+def test_a_validation_split_that_ranks_nothing_is_refused(phantom_data: str) -> None:
+    card = read_card(phantom_data)
+    require_validation(card)
+    val = card.counts["val"].model_copy(update={"positives": dict.fromkeys(card.findings, 0)})
+    with pytest.raises(UserError, match=r"larger prepare\.split\.val"):
+        require_validation(card.model_copy(update={"counts": {**card.counts, "val": val}}))
 
 
 KILLED_RUN = """

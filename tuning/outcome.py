@@ -12,13 +12,14 @@ from ray import tune
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
+from pipeline.checkpoints import BEST, publish
 from pipeline.config import RunConfig
 from pipeline.record import METRICS_FILE, MetricsLog
 from pipeline.train import STORAGE_NAME
 from tuning.config import SearchConfig
 from tuning.space import Space
 
-TRIALS, SEARCH_FILE, BEST = "trials", "search.json", "best"
+TRIALS, SEARCH_FILE = "trials", "search.json"
 
 
 @dataclass(frozen=True)
@@ -122,13 +123,7 @@ def _publish(result: tune.Result, best: Trial, run: RunConfig, config: SearchCon
     if run.train.num_workers > 1:  # its checkpoints lie with Ray Train, in the trial's own folder
         filesystem, path = storage.resolve(storage.join(out, TRIALS, best.trial_id, STORAGE_NAME))
         result = ray.train.Result.from_path(path, storage_filesystem=filesystem)
-    checkpoint = result.get_best_checkpoint(config.metric, config.mode)
-    target = storage.join(out, BEST)
-    storage.delete(target)
-    filesystem, path = storage.resolve(target)
-    filesystem.create_dir(path, recursive=True)
-    fs.copy_files(checkpoint.path, path, source_filesystem=checkpoint.filesystem, destination_filesystem=filesystem)
-    return target
+    return publish(result.get_best_checkpoint(config.metric, config.mode), out)
 
 
 def _delete_checkpoints(result: tune.Result, folder: str) -> None:

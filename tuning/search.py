@@ -16,6 +16,7 @@ from pipeline import runtime, storage
 from pipeline.card import read_card
 from pipeline.config import RunConfig
 from pipeline.record import claim
+from pipeline.scoring import require_validation
 from tuning.config import SearchConfig
 from tuning.outcome import TRIALS, SearchResult, conclude, identity
 from tuning.space import Space
@@ -98,6 +99,7 @@ def search(
     """
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
+    require_validation(card)
     runtime.start(dashboard=run.train.num_workers > 1)
     claim(out, identity(run, config, space, card), resume=resume)
     concurrent = concurrency(run, config, ray.cluster_resources())
@@ -171,8 +173,9 @@ def _fresh(
             name=STATE,
             storage_path=path,
             storage_filesystem=filesystem if storage.is_remote(out) else None,
+            # the best one, and the latest to resume from; with 1, Tune also stores its state after every epoch
             checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute=config.metric, checkpoint_score_order=config.mode
+                num_to_keep=1, checkpoint_score_attribute=config.metric, checkpoint_score_order=config.mode
             ),
             callbacks=[_Follow(run.train.epochs), *callbacks],
             verbose=0,

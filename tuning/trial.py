@@ -10,6 +10,7 @@ from ray import tune
 
 from pipeline import storage
 from pipeline.card import DatasetCard, read_card
+from pipeline.checkpoints import opened
 from pipeline.config import RunConfig
 from pipeline.loop import Loop, Metrics
 from pipeline.record import MetricsLog
@@ -33,12 +34,8 @@ class TuneHost:
     @contextmanager
     def last_checkpoint(self) -> Iterator[Path | None]:
         """The trial's own checkpoint, after the search was resumed."""
-        checkpoint = tune.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
+        with opened(tune.get_checkpoint()) as folder:
+            yield folder
 
     def report(self, metrics: Metrics, checkpoint: Path) -> None:
         """Writes the trial's record first: a stopped trial is killed inside `tune.report`."""
