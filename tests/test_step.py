@@ -191,6 +191,9 @@ def test_batch_encoder_attends_across_the_batch() -> None:
     torch.testing.assert_close(encoder(features[order]), out[order])  # equivariant
     gradient = torch.autograd.grad((out[0] * torch.randn(16).double()).sum(), features)[0]
     assert (gradient.abs().sum(1) > 0).all()  # row 0 reads every row
+    weights = torch.randn(16).double()  # a sum alone is constant after the normalisation: it would prove nothing
+    wrong_axis = encoder.layer(features.unsqueeze(0)).squeeze(0)  # the batch where the layer expects it: rows alone
+    assert torch.autograd.grad((wrong_axis[0] * weights).sum(), features)[0][1:].abs().sum() == 0
     same = features[:1].expand(5, -1)
     torch.testing.assert_close(encoder(same), encoder(features[:1]).expand(5, -1))
 
@@ -274,3 +277,23 @@ def test_weights_are_read_without_unpickling_anything_else(tmp_path: Path) -> No
         for name in ("w.pth", "w.safetensors"):
             with pytest.raises(UserError, match=r"model\.weights w"):
                 read_tensors(content, name)
+
+
+def test_assume_negative_makes_probabilities_sum_to_one() -> None:
+    """Its optimum is E[y_k / n | x] (docs/method.md, 3.2): a network that fits AN predicts one positive an image."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(4096, 16, generator=generator)
+    labels = (features @ torch.randn(16, 6, generator=generator) > 0).float()
+    labels[labels.sum(1) == 0, 0] = 1
+    network = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 6))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(600):
+        rows = torch.randint(0, 4096, (256,), generator=generator)
+        drawn = torch.multinomial(labels[rows], 1, generator=generator)  # another of the n positives each time
+        observed = torch.zeros(256, 6).scatter(1, drawn, 1.0)
+        loss = losses.assume_negative(network(features[rows]), observed).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert labels.sum(1).mean() > 2.5
+    assert torch.sigmoid(network(features)).sum(1).mean().item() == pytest.approx(1.0, abs=0.05)
