@@ -150,7 +150,14 @@ def test_ctrl_c_is_130(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "out"),
     ]
-    with subprocess.Popen([*command, *size], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [*command, *size],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a background job of a shell ignores Ctrl-C, and so would everything that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()  # the first shard is there
