@@ -16,7 +16,6 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU keep seeing CUDA_VISIBLE_DEVICES
     "RAY_TQDM_PATCH_PRINT": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a banner whatever verbosity it is given; the display is ours
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",  # a state that is stored often is meant
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # a killed search forgets this much; by default 10 s and more
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }

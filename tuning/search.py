@@ -173,9 +173,9 @@ def _fresh(
             name=STATE,
             storage_path=path,
             storage_filesystem=filesystem if storage.is_remote(out) else None,
-            # the best one, and the latest to resume from; with 1, Tune also stores its state after every epoch
+            # the best ones and the latest; more than one, because after a kill Tune's state may name an older one
             checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=config.metric, checkpoint_score_order=config.mode
+                num_to_keep=3, checkpoint_score_attribute=config.metric, checkpoint_score_order=config.mode
             ),
             callbacks=[_Follow(run.train.epochs), *callbacks],
             verbose=0,
