@@ -104,7 +104,7 @@ class TrainConfig(Config):
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two checkpoints inside an epoch; 0 writes them at the ends of epochs only."""
     keep: Count = 1
-    """Latest checkpoints that are kept beside the best one."""
+    """Best checkpoints that stay on disk; the latest one stays beside them."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often a run that lost a worker continues from its last checkpoint."""
     metric: Literal["macro_auroc", "macro_ap"] = "macro_auroc"
