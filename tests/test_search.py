@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +15,10 @@ from mpc.checkpoint import read_info
 from mpc.errors import UserError
 from pipeline import runtime
 from pipeline.config import RunConfig
-from pipeline.record import MetricsLog
+from pipeline.record import MetricsLog, claim
 from tuning import space as spaces
 from tuning.config import SearchConfig
-from tuning.outcome import SearchResult
+from tuning.outcome import SearchResult, identity
 from tuning.search import concurrency, search
 from tuning.space import Dimension, Space
 
@@ -213,6 +214,15 @@ def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(phantom_
     assert read_info(out / "best").config["train"]["num_workers"] == 2
     left = {path.relative_to(out / "trials").parts[0] for path in (out / "trials").rglob("model.safetensors")}
     assert left == {json.loads((out / "search.json").read_text())["best"]}
+
+
+def test_a_search_is_not_continued_with_another_budget(tmp_path: Path) -> None:
+    """Tune restores the budget that it began with: a new one would be ignored without a word."""
+    card, space = SimpleNamespace(digest="d"), Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
+    claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=4), space, card), resume=False)
+    claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=4, keep_trials=1), space, card), resume=True)
+    with pytest.raises(UserError, match=r"search\.max_trials = 4, not 8"):
+        claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=8), space, card), resume=True)
 
 
 def test_there_must_be_a_search_to_resume(phantom_data: str, tmp_path: Path) -> None:

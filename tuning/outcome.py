@@ -47,8 +47,8 @@ class SearchResult:
 
 
 def identity(run: RunConfig, config: SearchConfig, space: Space, card: DatasetCard) -> dict[str, Any]:
-    """What must be the same for a search to be continued; budgets may grow."""
-    fixed = config.model_dump(mode="json", exclude={"max_trials", "max_hours", "max_concurrent", "keep_trials"})
+    """What must be the same for a search to be continued: all that Tune restores from its own state, budgets too."""
+    fixed = config.model_dump(mode="json", exclude={"keep_trials"})
     return {
         "config": run.model_dump(mode="json"),
         "search": fixed,
