@@ -50,7 +50,7 @@ class Meter:
         means = [name.removeprefix("mean ") for name in names if name.startswith("mean ")]
         found = {name: total[f"mean {name}"] / total[f"steps {name}"] for name in means}
         for name, (above, below) in RATIOS.items():
-            if total.get(below):
+            if above in total and total.get(below):  # a method without pseudo-labels counts none
                 found[name] = total[above] / total[below]
         return found
 

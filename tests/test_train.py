@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpc.baselines import NAMES
 from mpc.checkpoint import load_training_state, load_weights, read_info
 from mpc.errors import UserError
 from pipeline.card import read_card
@@ -29,6 +30,8 @@ TINY = {
     "data": {"tasks": 1, "task_cpus": 0.25},
     "train": {"epochs": 2, "batch_size": 32, "worker_cpus": 0.5, "log_every": 7},
 }
+
+RELABELLING = {"mpc", "ll_r", "ll_ct", "ll_cp", "splc"}
 
 
 def tiny(**sections: dict[str, object]) -> RunConfig:
@@ -95,6 +98,15 @@ def test_a_run_continues_from_the_middle_of_an_epoch_bit_for_bit(phantom_data: s
         for name, value in read_info(last).metrics.items()
         if name not in timed
     )
+
+
+@pytest.mark.parametrize("method", ["mpc", *NAMES])
+def test_every_method_trains_and_says_what_it_did(method: str, phantom_data: str, tmp_path: Path) -> None:
+    run = tiny(train={"method": method}, pseudo={"kappa": 2.5})
+    metrics = Loop(run, phantom_data, read_card(phantom_data), PlainHost(tmp_path)).fit()
+    assert metrics["epoch"] == 2
+    assert 0 < metrics["mean_sum_p"] < 14
+    assert ("pseudo_recall" in metrics) == (method in RELABELLING)  # the others make no pseudo-labels
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(phantom_data: str, tmp_path: Path) -> None:
