@@ -1,0 +1,1 @@
+"""The benchmark: methods compared on equal terms, as a grid on Ray Tune."""
