@@ -62,6 +62,9 @@ class PerturbConfig(Config):
 
     rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     """Probability that a channel of the weak features is zeroed."""
+    place: Literal["last", "before_last_stage"] = "last"
+    """`last`: the pooled features, the same as the last map. `before_last_stage`: the map that enters the last stage,
+    which then runs once more on the weak view."""
 
 
 class ModelConfig(Config):
@@ -106,6 +109,8 @@ class RedConfig(Config):
 class StrongConfig(Config):
     """The strong view on top of a weak draw: random operations that leave a radiograph a radiograph."""
 
+    count: Annotated[int, Field(ge=1, le=2)] = 1
+    """Strong views on each weak draw (UniMatch has two); their losses are averaged."""
     ops: Annotated[int, Field(ge=0, le=4)] = 2
     """Operations drawn from autocontrast, brightness, contrast, sharpness, rotate, shear, translate, equalize."""
     magnitude: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
@@ -182,10 +187,11 @@ class PseudoConfig(Config):
 class BtcConfig(Config):
     """Batch-level consistency: one transformer encoder layer across the mini-batch (BatchFormer)."""
 
-    input: Literal["weak", "strong"] = "weak"
-    """Whose pooled features enter the encoder."""
-    target: Literal["pseudo", "observed"] = "pseudo"
-    """Pseudo-labels with their mask, or the observed labels with L_sup, as in BatchFormer."""
+    input: Literal["weak", "strong", "both"] = "weak"
+    """Whose pooled features enter the encoder; `both` stacks all views into one sequence, so that a strong row may read
+    its own weak copy."""
+    target: Literal["pseudo", "observed", "both"] = "pseudo"
+    """Pseudo-labels with their mask, the observed labels with L_sup, as in BatchFormer, or half of each."""
     scope: Literal["rank", "global"] = "rank"
     """Attention over the batch of one rank, or over the gathered global batch."""
     heads: Annotated[int, Field(ge=1)] = 4
@@ -247,6 +253,8 @@ class MethodConfig(Config):
     @model_validator(mode="after")
     def strong_features(self) -> "MethodConfig":
         """BTC on strong features needs the strong forward pass that IPC makes."""
-        if self.loss.lambda_btc > 0 and self.btc.input == "strong" and not self.loss.needs_strong:
-            raise ValueError("btc.input=strong needs the strong view; set loss.lambda_ipc above 0 or btc.input=weak")
+        if self.loss.lambda_btc > 0 and self.btc.input != "weak" and not self.loss.needs_strong:
+            raise ValueError(
+                f"btc.input={self.btc.input} needs the strong view; set loss.lambda_ipc above 0 or btc.input=weak"
+            )
         return self

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     weak: Tensor
     """uint8 [B, 1, H, W], weakly augmented."""
     strong: Tensor | None
-    """uint8 [B, 1, H, W], strongly augmented; None where the method does not ask for it."""
+    """uint8 [V * B, 1, H, W], V strong views, first the first one of every row; None where the method asks for none."""
     observed: Tensor
     """float32 [B, K] in {0, 1}: one 1 a row."""
     labels: Tensor

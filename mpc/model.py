@@ -1,11 +1,14 @@
 """The network: a timm backbone with one linear head, the batch encoder of BTC, and the evaluation average."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import timm
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mpc.errors import UserError
 
@@ -41,10 +44,14 @@ class Classifier(nn.Module):
         self.mean, self.std = mean, std
         self.amp = AMP_DTYPES.get(amp)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Pooled features, float32 [B, C], of images [B, 1, H, W] with values 0-255, uint8 or float."""
+    def features(self, images: Tensor, dropped: "MapDropout | None" = None) -> Tensor:
+        """Pooled features, float32 [B, C], of images [B, 1, H, W] with values 0-255, uint8 or float.
+
+        With `dropped`, its rows follow once more at the end, perturbed before the last stage: [B + rows, C].
+        """
         pixels = (images.float() / 255.0 - self.mean) / self.std
-        with torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp is not None):
+        perturbing = dropped.at(last_stage_input(self.backbone)) if dropped else nullcontext()
+        with perturbing, torch.autocast(images.device.type, dtype=self.amp, enabled=self.amp is not None):
             pooled: Tensor = self.backbone(pixels)
         return pooled.flatten(1).float()
 
@@ -52,6 +59,40 @@ class Classifier(nn.Module):
         """Logits, float32 [B, K], of images [B, 1, H, W] with values 0-255."""
         logits: Tensor = self.head(self.features(images))
         return logits
+
+
+class MapDropout(NamedTuple):
+    """Channel dropout of a map inside the backbone (FPC; UniMatch): only what follows the map runs once more."""
+
+    rows: int
+    """How many of the first images get a perturbed copy."""
+    rate: float
+    """Probability that a channel is zeroed, in [0, 1)."""
+
+    @contextmanager
+    def at(self, module: nn.Module) -> Iterator[None]:
+        """While it lasts, the output [B, C, H, W] of `module` carries the perturbed copies behind the originals."""
+
+        def append(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return torch.cat([output, F.dropout2d(output[: self.rows], self.rate)])
+
+        handle = module.register_forward_hook(append)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def last_stage_input(backbone: nn.Module) -> nn.Module:
+    """The module of a timm backbone whose output, a map [B, C, H, W], enters the last stage.
+
+    Raises:
+        UserError: the backbone does not say where its stages end, or has no maps with channels in front.
+    """
+    stages: list[dict[str, Any]] = getattr(backbone, "feature_info", None) or []
+    if len({stage["reduction"] for stage in stages}) < 2 or getattr(backbone, "output_fmt", "NCHW") != "NCHW":
+        raise UserError(f"{type(backbone).__name__} has no stages of maps [B, C, H, W]; set model.perturb.place=last")
+    return backbone.get_submodule(stages[-2]["module"])
 
 
 class BatchEncoder(nn.Module):

@@ -1,7 +1,7 @@
 """The MPC training step; it reads like section 4 of docs/method.md."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mpc.distributed import gather_rows, mean_over_ranks, own_rows, world_size
 from mpc.losses import bce, masked_mean
 from mpc.method import Batch, Progress, StepOutput
-from mpc.model import BatchEncoder, Classifier
+from mpc.model import BatchEncoder, Classifier, MapDropout
 from mpc.pseudo import Alignment, Pseudo, threshold
 
 SupLoss = Callable[[Tensor, Tensor], Tensor]
@@ -29,9 +29,10 @@ class Mpc(nn.Module):
         lambda_fpc: weight of feature-level consistency.
         lambda_btc: weight of batch-level consistency.
         perturb_rate: channel dropout of the weak features in FPC.
+        perturb_map: drop channels of the map that enters the last stage (else of the pooled features).
         encoder: the batch encoder of BTC, or None with lambda_btc = 0.
-        btc_strong: BTC reads strong features (else weak).
-        btc_observed: BTC learns the observed labels with `sup_loss` (else pseudo-labels).
+        btc_input: BTC reads `weak` or `strong` features, or `both` in one sequence.
+        btc_target: BTC learns the `pseudo` labels, the `observed` ones with `sup_loss`, or `both`, half each.
         btc_global: attention over the gathered global batch (else the rank's own).
         encoder_lr_scale: learning rate of the encoder relative to the network's.
         alignment: distribution alignment of the logits that make pseudo-labels, or None.
@@ -52,9 +53,10 @@ class Mpc(nn.Module):
         lambda_fpc: float = 0.5,
         lambda_btc: float = 0.5,
         perturb_rate: float = 0.5,
+        perturb_map: bool = False,
         encoder: BatchEncoder | None = None,
-        btc_strong: bool = False,
-        btc_observed: bool = False,
+        btc_input: Literal["weak", "strong", "both"] = "weak",
+        btc_target: Literal["pseudo", "observed", "both"] = "pseudo",
         btc_global: bool = False,
         encoder_lr_scale: float = 0.1,
         alignment: Alignment | None = None,
@@ -68,8 +70,8 @@ class Mpc(nn.Module):
         self.teacher = [teacher]  # in a list: the teacher is no submodule, its weights are saved elsewhere
         self.tau_pos, self.tau_neg, self.soft, self.select = tau_pos, tau_neg, soft, select
         self.lambda_ipc, self.lambda_fpc, self.lambda_btc = lambda_ipc, lambda_fpc, lambda_btc
-        self.perturb_rate, self.encoder_lr_scale = perturb_rate, encoder_lr_scale
-        self.btc_strong, self.btc_observed, self.btc_global = btc_strong, btc_observed, btc_global
+        self.perturb_rate, self.perturb_map, self.encoder_lr_scale = perturb_rate, perturb_map, encoder_lr_scale
+        self.btc_input, self.btc_target, self.btc_global = btc_input, btc_target, btc_global
         self.warmup_epochs, self.ramp_epochs = warmup_epochs, ramp_epochs
 
     @property
@@ -93,9 +95,11 @@ class Mpc(nn.Module):
         strong = batch.strong if self.needs_strong and ramp > 0 else None
         size = len(batch.weak)
 
-        # one forward: both views share the batch statistics of normalisation layers
-        features = model.features(batch.weak if strong is None else torch.cat([batch.weak, strong]))
-        features_weak, features_strong = features[:size], features[size:]
+        # one forward: all views share the batch statistics of normalisation layers
+        images = batch.weak if strong is None else torch.cat([batch.weak, strong])
+        dropped = MapDropout(size, self.perturb_rate) if self.perturb_map and self.lambda_fpc > 0 else None
+        features = model.features(images, dropped)
+        features_weak, features_strong = features[:size], features[size : len(images)]
         logits_weak = model.head(features_weak)
         terms = {"sup": self.sup_loss(logits_weak, batch.observed).mean()}
 
@@ -103,17 +107,15 @@ class Mpc(nn.Module):
         count = self.denominator(pseudo.mask)
 
         if strong is not None:
-            terms["ipc"] = masked_mean(bce(model.head(features_strong), pseudo.targets), pseudo.mask, count)
+            terms["ipc"] = consistency(model.head(features_strong), pseudo, count)
         if self.lambda_fpc > 0:
-            logits_perturbed = model.head(F.dropout(features_weak, self.perturb_rate))
-            terms["fpc"] = masked_mean(bce(logits_perturbed, pseudo.targets), pseudo.mask, count)
+            perturbed = F.dropout(features_weak, self.perturb_rate) if dropped is None else features[len(images) :]
+            terms["fpc"] = consistency(model.head(perturbed), pseudo, count)
         if self.encoder is not None:  # also in the warm-up, with weight 0: DDP wants every parameter in the graph
-            read_strong = self.btc_strong and strong is not None
-            logits_batch = model.head(self.encode(features_strong if read_strong else features_weak))
-            if self.btc_observed:
-                terms["btc"] = self.sup_loss(logits_batch, batch.observed).mean()
-            else:
-                terms["btc"] = masked_mean(bce(logits_batch, pseudo.targets), pseudo.mask, count)
+            rows = features[: len(images)] if self.btc_input == "both" else features_weak
+            if self.btc_input == "strong" and strong is not None:
+                rows = features_strong
+            terms["btc"] = self.batch_term(model.head(self.encode(rows)), batch.observed, pseudo, count)
 
         weights = {"sup": 1.0, "ipc": self.lambda_ipc, "fpc": self.lambda_fpc, "btc": self.lambda_btc}
         loss = sum((ramp if name != "sup" else 1.0) * weights[name] * term for name, term in terms.items())
@@ -135,6 +137,15 @@ class Mpc(nn.Module):
         """Selected entries, averaged over ranks so that the average of their losses is the global mean; or all."""
         return mean_over_ranks(mask.sum()) if self.select else mask.new_tensor(float(mask.numel()))
 
+    def batch_term(self, logits: Tensor, observed: Tensor, pseudo: Pseudo, count: Tensor) -> Tensor:
+        """L_BTC of the encoded rows [V * B, K]: towards the pseudo-labels, the observed labels, or half each."""
+        parts = []
+        if self.btc_target != "observed":
+            parts.append(consistency(logits, pseudo, count))
+        if self.btc_target != "pseudo":
+            parts.append(self.sup_loss(logits, observed.repeat(len(logits) // len(observed), 1)).mean())
+        return torch.stack(parts).mean()
+
     def encode(self, features: Tensor) -> Tensor:
         """The batch encoder over this rank's rows [B, C], or over every rank's with the own rows returned."""
         assert self.encoder is not None
@@ -151,6 +162,13 @@ class Mpc(nn.Module):
         yield {"params": list(model.parameters()), "lr": lr}
         if self.encoder is not None:
             yield {"params": list(self.encoder.parameters()), "lr": lr * self.encoder_lr_scale}
+
+
+def consistency(logits: Tensor, pseudo: Pseudo, count: Tensor) -> Tensor:
+    """Sum over selected entries of the BCE of V views of the same rows [V * B, K], over V times `count`."""
+    views = len(logits) // len(pseudo.mask)
+    targets, mask = pseudo.targets.repeat(views, 1), pseudo.mask.repeat(views, 1)
+    return masked_mean(bce(logits, targets), mask, views * count)
 
 
 def monitors(logits_weak: Tensor, batch: Batch, pseudo: Pseudo | None = None) -> dict[str, Tensor]:

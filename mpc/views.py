@@ -27,22 +27,23 @@ BLUR_SIGMA = (0.1, 2.0)  # pixels at the reference side
 
 
 class TwoViews:
-    """Draws the weak view of an image and, on top of the same draw, the strong one.
+    """Draws the weak view of an image and, on top of the same draw, the strong ones.
 
     An object holds no state between calls: a view is a pure function of the image, the configuration and the seed.
 
     Args:
         config: strengths and probabilities.
         image_size: side of the square views, pixels.
-        strong: whether a strong view is wanted at all.
+        strong: whether strong views are wanted at all; the configuration says how many.
     """
 
     def __init__(self, config: ViewsConfig, image_size: int, strong: bool) -> None:
         self.weak = A.Compose([*_weak(config.weak, image_size), *_flip(config.hflip)])
-        self.strong = A.Compose(_strong(config.strong, config.red, image_size)) if strong else None
+        self.strong = A.Compose(_strong(config.strong, config.red, image_size))
+        self.count = config.strong.count if strong else 0
 
-    def __call__(self, image_HW: Image, seed: int) -> tuple[Image, Image | None]:
-        """Both views, uint8 [image_size, image_size] and contiguous; the second is None where it is not wanted.
+    def __call__(self, image_HW: Image, seed: int) -> tuple[Image, ...]:
+        """The weak view, then the strong ones, each uint8 [image_size, image_size] and contiguous.
 
         Args:
             image_HW: uint8 [H, W]; never changed.
@@ -57,7 +58,7 @@ class TwoViews:
         # a blur would then come exactly with every deformation
         generators = np.random.default_rng(seed), random.Random(seed)
         weak = _run(self.weak, image_HW, generators)
-        return weak, None if self.strong is None else _run(self.strong, weak, generators)
+        return weak, *(_run(self.strong, weak, generators) for _ in range(self.count))
 
 
 def _run(pipeline: A.Compose, image: Image, generators: tuple[np.random.Generator, random.Random]) -> Image:

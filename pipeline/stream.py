@@ -55,7 +55,7 @@ class TrainingData:
         uri: the prepared data set.
         card: its dataset card.
         views: strengths of both views.
-        strong: whether the strong view is made at all.
+        strong: whether strong views are made at all.
         seed: of the augmentation.
         draw_seed: of the observed positive.
         tasks: reading tasks at work at a time.
@@ -116,17 +116,17 @@ class SpanReader:
     def _augmented(self, rows: pa.Table, epoch: int, two_views: TwoViews) -> pa.Table:
         numbers = rows["row"].to_numpy()
         images = images_of(rows["image"], self.data.card.image_size)
-        pairs = [two_views(image, self._seed(epoch, row)) for image, row in zip(images, numbers, strict=True)]
+        views = [two_views(image, self._seed(epoch, row)) for image, row in zip(images, numbers, strict=True)]
         labels, known = matrix(rows["labels"]), matrix(rows["known"])
         columns = {
             "row": numbers,
-            "weak": list_column(np.stack([weak.reshape(-1) for weak, _ in pairs])),
+            "weak": list_column(np.stack([weak.reshape(-1) for weak, *_ in views])),
             "observed": list_column(draw(rows["image_id"].to_pylist(), labels, known, self.data.draw_seed)),
             "labels": list_column(labels),
             "known": list_column(known),
         }
         if self.data.strong:
-            columns["strong"] = list_column(np.stack([strong.reshape(-1) for _, strong in pairs if strong is not None]))
+            columns["strong"] = list_column(np.stack([np.concatenate(strong, axis=None) for _, *strong in views]))
         return pa.table(columns)
 
     def _seed(self, epoch: int, row: int) -> int:
@@ -147,7 +147,8 @@ class _Planned(Datasource):  # type: ignore[misc]
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         reader = ray.put(self.reader)  # once: a task carries its span alone
         share = self.reader.plan.batch_size // self.reader.world_size
-        row_bytes = self.reader.data.card.image_size**2 * (2 if self.reader.data.strong else 1)
+        data = self.reader.data
+        row_bytes = data.card.image_size**2 * (1 + (data.views.strong.count if data.strong else 0))
         return [
             ReadTask(partial(_read_span, reader, span), BlockMetadata(rows, rows * row_bytes, None, None))
             for span in self.spans
@@ -217,7 +218,8 @@ def images_of(column: pa.Array | pa.ChunkedArray, size: int) -> NDArray[np.uint8
 
 def _arrays(table: pa.Table, size: int) -> Arrays:
     def images(name: str) -> NDArray[np.uint8]:
-        return matrix(table[name]).reshape(-1, 1, size, size)
+        """The views of a row lie behind each other in it; in a batch, view by view."""
+        return matrix(table[name]).reshape(len(table), -1, size, size).swapaxes(0, 1).reshape(-1, 1, size, size)
 
     return Arrays(
         weak=images("weak"),

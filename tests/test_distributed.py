@@ -42,7 +42,7 @@ def gradient(model: Classifier, method: Mpc, rows: slice) -> Tensor:
     return torch.cat([g.flatten() for g in grads])
 
 
-def features_in_double(self: Classifier, images: Tensor) -> Tensor:
+def features_in_double(self: Classifier, images: Tensor, dropped: None) -> Tensor:
     return self.backbone(images.double() / 255.0)
 
 

@@ -12,7 +12,7 @@ from mpc.build import build_mpc
 from mpc.config import MethodConfig
 from mpc.errors import UserError
 from mpc.method import Batch, Progress
-from mpc.model import BatchEncoder, Classifier, Ema, build, fit_weights
+from mpc.model import BatchEncoder, Classifier, Ema, MapDropout, build, fit_weights
 from mpc.pseudo import Alignment, align, threshold
 from mpc.step import Mpc
 from mpc.weights import read_tensors
@@ -58,7 +58,7 @@ class Scripted(Classifier):
         self.logits = torch.cat(views).double().requires_grad_()
         self.head = nn.Identity()
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, dropped: MapDropout | None = None) -> Tensor:
         return self.logits[images.flatten().long()]
 
 

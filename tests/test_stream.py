@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mpc.config import ViewsConfig
+from mpc.config import StrongConfig, ViewsConfig
 from mpc.errors import UserError
 from pipeline.card import read_card
 from pipeline.manifest import matrix
@@ -18,7 +18,8 @@ from pipeline.stream import Arrays, SpanReader, TrainingData, batches, images_of
 
 def training_data(uri: str, **changes: object) -> tuple[TrainingData, Plan]:
     card = read_card(uri)
-    return TrainingData(uri, card, ViewsConfig(), **changes), make_plan(card, seed=3, batch_size=32)
+    views = changes.pop("views", ViewsConfig())
+    return TrainingData(uri, card, views, **changes), make_plan(card, seed=3, batch_size=32)
 
 
 def in_one_process(data: TrainingData, plan: Plan, rank: int, world_size: int, start: int, stop: int) -> list[pa.Table]:
@@ -44,6 +45,16 @@ def test_ray_data_streams_what_one_process_reads(phantom_data: str) -> None:
     first = {row: image for b in streamed[: plan.steps_per_epoch] for row, image in zip(b.row, b.weak, strict=True)}
     again = {row: image for b in streamed[plan.steps_per_epoch :] for row, image in zip(b.row, b.weak, strict=True)}
     assert any(not np.array_equal(first[row], again[row]) for row in first.keys() & again.keys())  # drawn anew
+
+
+def test_a_batch_holds_its_strong_views_one_view_after_the_other(phantom_data: str) -> None:
+    data, plan = training_data(phantom_data, views=ViewsConfig(strong=StrongConfig(count=2)))
+    single, _ = training_data(phantom_data)
+    batch, reference = (next(iter(batches(d, plan, 0, 1, 0, 1))) for d in (data, single))
+    assert batch.strong.shape == (2 * len(batch.weak), 1, data.card.image_size, data.card.image_size)
+    assert np.array_equal(batch.weak, reference.weak)
+    assert np.array_equal(batch.strong[: len(batch.weak)], reference.strong)
+    assert not np.array_equal(batch.strong[len(batch.weak) :], reference.strong)
 
 
 def test_the_stream_is_the_same_for_any_tasks_ranks_and_start(phantom_data: str) -> None:

@@ -139,11 +139,20 @@ def test_weak_view_is_the_same_with_and_without_a_strong_one() -> None:
     image = smooth_image()
     single, double = (TwoViews(ViewsConfig(), SIDE, strong=strong) for strong in (False, True))
     for seed in range(200):  # many: AutoContrast, one operation of eight, once wrote into the weak view
-        (alone, none), (paired, strong) = single(image, seed), double(image, seed)
-        assert none is None
+        (alone,), (paired, strong) = single(image, seed), double(image, seed)
         assert np.array_equal(alone, paired), seed
     for view in (alone, strong):
         assert (view.shape, view.dtype, view.flags.c_contiguous) == ((SIDE, SIDE), np.uint8, True)
+
+
+def test_two_strong_views_share_one_weak_draw() -> None:
+    image = smooth_image()
+    one = TwoViews(ViewsConfig(), SIDE, strong=True)
+    two = TwoViews(ViewsConfig(strong=StrongConfig(count=2)), SIDE, strong=True)
+    for seed in range(10):
+        weak, first, second = two(image, seed)
+        assert all(np.array_equal(a, b) for a, b in zip(one(image, seed), (weak, first), strict=True))
+        assert not np.array_equal(first, second)
 
 
 def test_weak_view_without_crop_is_the_image_and_flips_as_often_as_asked() -> None:

@@ -22,7 +22,7 @@ def views(image: NDArray[np.uint8], magnitude: float, rms: float, sigma: float) 
     config = ViewsConfig(strong=StrongConfig(magnitude=magnitude), red=RedConfig(rms=rms, sigma=sigma, p=1.0))
     draw = TwoViews(config, image.shape[0], strong=True)
     pairs = [draw(image, seed) for seed in range(DRAWS)]
-    return [pairs[0][0], *(strong for _, strong in pairs if strong is not None)]
+    return [pairs[0][0], *(strong for _, strong in pairs)]
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ class MethodEntry(Config):
 
     preset: str | None = None
     """Preset that the method starts from; None starts from the defaults."""
-    run: dict[str, Any] = {}
+    run: dict[str, Any] = Field(default_factory=dict)
     """Settings over the preset and over the protocol's own."""
     space: Grid | None = None
     """What tuning tries; None takes the protocol's."""
@@ -45,7 +45,7 @@ class Protocol(Config):
     """Findings that a given data set must have."""
     folds: Count = 1
     """Parts of a cross-validation by patient: each image is tested once. 1 keeps the data set's own test split."""
-    run: dict[str, Any] = {}
+    run: dict[str, Any] = Field(default_factory=dict)
     """Settings of a training run that all methods share."""
     tuning: TuningPlan | None = None
     """None compares the methods with the settings that they come with."""

@@ -108,9 +108,9 @@ def uses_strong(inputs: Inputs) -> bool:
 def _views(inputs: Inputs, row: int, image: Image) -> list[Picture]:
     """The image as stored and as one training step would have seen it."""
     two_views = TwoViews(inputs.run.views, inputs.card.image_size, strong=uses_strong(inputs))
-    weak, strong = two_views(image, _hash(inputs.scores.image_id[row]))
+    weak, *strong = two_views(image, _hash(inputs.scores.image_id[row]))
     pictures = [Picture("as stored", _png(image)), Picture("weak view", _png(weak))]
-    return pictures if strong is None else [*pictures, Picture("strong view", _png(strong))]
+    return [*pictures, *(Picture("strong view", _png(view)) for view in strong)]
 
 
 def _example(inputs: Inputs, row: int, stored: Stored, pictures: list[Picture]) -> Example:
