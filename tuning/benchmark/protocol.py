@@ -60,6 +60,8 @@ class Protocol(Config):
     """Methods from which every other is paired."""
     ours: tuple[str, ...] = ("mpc",)
     """Methods that are tested against all rivals, corrected after Holm."""
+    oracles: tuple[str, ...] = ("full", "iun")
+    """Methods that see true labels: in the table, but no rivals."""
     methods: Annotated[dict[str, MethodEntry], Field(min_length=2)]
 
     @property
