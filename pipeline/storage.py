@@ -106,7 +106,7 @@ def open_output(uri: str) -> Iterator[Any]:
     filesystem, path = resolve(uri)
     with _explained(uri):
         if is_remote(uri):
-            with filesystem.open_output_stream(path) as stream:
+            with filesystem.open_output_stream(path, compression=None) as stream:  # else a name in .gz is packed
                 yield stream
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
