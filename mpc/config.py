@@ -28,6 +28,8 @@ class PixelSpec(Config):
     dtype: Literal["uint8"] = "uint8"
     fit: Literal["crop", "pad"] = "pad"
     """How a rectangle became a square."""
+    reduce_to: int | None = None
+    """Longest side in pixels to which an image was reduced before it was resized; None: it was resized at once."""
     mean: Share = 0.449
     """Mean of grey ImageNet, in units of the full range: what the network subtracts."""
     std: Positive = 0.226

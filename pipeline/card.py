@@ -68,6 +68,8 @@ class DatasetCard(Config):
     image_size: int
     """Side in pixels; the `image` column holds image_size * image_size bytes."""
     fit: Literal["crop", "pad"]
+    reduce_to: int | None = None
+    """Longest side in pixels to which larger images were reduced before they were resized."""
     encoding: Literal["raw"] = "raw"
     policy: PolicyConfig
     split: SplitConfig
@@ -90,7 +92,7 @@ class DatasetCard(Config):
     @property
     def pixels(self) -> PixelSpec:
         """Pixel specification that a checkpoint trained on this data carries."""
-        return PixelSpec(encoding=self.encoding, fit=self.fit)
+        return PixelSpec(encoding=self.encoding, fit=self.fit, reduce_to=self.reduce_to)
 
     def shards_of(self, split: str) -> tuple[Shard, ...]:
         """The shards of one split in row order.

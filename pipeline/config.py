@@ -16,13 +16,30 @@ class SplitConfig(Config):
     """`official` honours the source's own lists and carves `val` from its training patients; without lists, `hash`."""
     salt: str = "mpc-cxr"
     val: Share = 0.1
+    """Share of the patients that validate; of those that are not tested where `folds` or official lists choose them."""
     test: Share = 0.1
+    """Share of the patients that test; not used with official lists, nor with `folds` above 1."""
+    folds: Count = 1
+    """Folds of a cross-validation by patient hash, 1 or more; above 1 the test split is the fold `fold`."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """Which fold is tested, 0 to folds - 1; over all of them every patient is tested exactly once."""
 
     @model_validator(mode="after")
     def leaves_training(self) -> "SplitConfig":
         """Something must remain to train on."""
-        if self.val + self.test >= 1:
+        if self.folds == 1 and self.val + self.test >= 1:
             raise ValueError(f"val {self.val} + test {self.test} leave nothing to train on; keep their sum below 1")
+        if self.val >= 1:
+            raise ValueError(f"val {self.val} leaves nothing to train on; keep it below 1")
+        return self
+
+    @model_validator(mode="after")
+    def names_a_fold(self) -> "SplitConfig":
+        """Folds exist by hash alone: official lists have one test split."""
+        if self.fold >= self.folds:
+            raise ValueError(f"fold {self.fold} is not one of folds {self.folds}; choose 0 to {self.folds - 1}")
+        if self.folds > 1 and self.by != "hash":
+            raise ValueError(f"folds {self.folds} cannot follow official lists; set prepare.split.by=hash")
         return self
 
 
@@ -44,11 +61,22 @@ class PhantomConfig(Config):
 class PrepareConfig(Config):
     """Source to shards."""
 
-    source: Literal["phantom", "nih"] = "phantom"
+    source: Literal["phantom", "nih", "chexpert", "mimic_cxr"] = "phantom"
     findings: tuple[str, ...] | None = None
     """Findings to keep, in this order; None takes the source's own list."""
+    views: Literal["frontal", "all"] = "frontal"
+    """CheXpert and MIMIC-CXR: frontal radiographs alone, or lateral and other views as well."""
+    official_test: Literal["valid", "test"] | None = None
+    """CheXpert: the official list that becomes the test split; the other one is left out. None takes `test` where there
+    is a test.csv, else `valid`. With split.by=hash both are left out."""
+    labeler: Literal["chexpert", "negbio"] = "chexpert"
+    """MIMIC-CXR: the program whose labels of the reports are read."""
     image_size: Annotated[int, Field(ge=16, le=2048)] = 224
     """Side in pixels of the stored square image."""
+    reduce_to: Annotated[int, Field(ge=16, le=2048)] | None = None
+    """Longest side in pixels to which every larger image is reduced before it is resized to `image_size`, so that
+    images of unequal sharpness carry the same detail: where collections are put together, sharpness can predict the
+    label. None resizes at once."""
     fit: Literal["crop", "pad"] = "pad"
     """How a rectangle becomes a square: cut the longer side centrally, or pad the shorter one with black."""
     policy: PolicyConfig = PolicyConfig()
@@ -59,7 +87,8 @@ class PrepareConfig(Config):
     row_group: Annotated[int, Field(ge=1, le=256)] = 256
     """Rows of a Parquet row group: the unit of reading and of the shuffle."""
     max_bad: Share = 0.01
-    """Largest share of images that may be quarantined before prepare stops."""
+    """Largest share of images that may be unusable before prepare stops; what is left out on purpose (lateral views,
+    duplicates) does not count."""
     strata: tuple[Literal["sex", "age_band"], ...] = ()
     """Patient fields that the shards shall carry for metrics by group; none unless asked for."""
     task_cpus: Positive = 1.0

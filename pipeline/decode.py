@@ -36,19 +36,20 @@ class DecodeError(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
-def decode(data: bytes, name: str, size: int, fit: Fit) -> NDArray[np.uint8]:
+def decode(data: bytes, name: str, size: int, fit: Fit, reduce_to: int | None = None) -> NDArray[np.uint8]:
     """Decodes one image to grey uint8 [size, size].
 
     The kind of file is told by its first bytes, never by `name`. PNG and JPEG of 8 or 16 bits, grey, colour, palette
     or with alpha (over black), turned as EXIF says; DICOM with one frame, inverted where MONOCHROME1, through rescale
     and VOI LUT or window. 16-bit values are scaled by the smallest of 8, 10, 12, 14, 16 bits that holds the largest.
-    The square is made by `fit`, then resized (by area when it shrinks, else linearly).
+    The square is made by `fit`, then resized (by area when it shrinks, else linearly), after `reduce_to` if given.
 
     Args:
         data: content of the file.
         name: file name, for nothing but the message on an unknown kind of file.
         size: side of the result in pixels.
         fit: `crop` cuts the longer side centrally, `pad` adds black to the shorter.
+        reduce_to: longest side in pixels that keeps its detail; larger images are first reduced to it.
 
     Raises:
         DecodeError: with a reason from `Reason`.
@@ -67,7 +68,7 @@ def decode(data: bytes, name: str, size: int, fit: Fit) -> NDArray[np.uint8]:
         raise DecodeError("unsupported", f"neither PNG nor JPEG nor DICOM by its first bytes ({suffix})")
     if grey.min() == grey.max():
         raise DecodeError("blank", "every pixel has the same value")
-    pixels = square(grey, size, fit)
+    pixels = square(grey, size, fit, reduce_to)
     if pixels.dtype == np.uint8:
         return np.asarray(pixels, dtype=np.uint8)
     scaled = pixels.astype(np.float32) * np.float32(255.0 / peak)

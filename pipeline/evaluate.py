@@ -107,4 +107,4 @@ def predictions(scored: Scored, findings: tuple[str, ...]) -> pa.Table:
 
 def _stored(pixels: dict[str, Any]) -> dict[str, Any]:
     """What concerns stored pixels; how the network normalises them is its own affair."""
-    return {name: pixels[name] for name in ("encoding", "channels", "dtype", "fit")}
+    return {name: pixels[name] for name in ("encoding", "channels", "dtype", "fit", "reduce_to")}

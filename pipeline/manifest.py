@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,10 @@ POSITIVE, NEGATIVE, UNCERTAIN, BLANK = 1, 0, -1, -2
 STRATA = ("sex", "age_band")
 """Optional patient fields; they reach the shards only where the configuration asks for them."""
 TEXT_COLUMNS = ("image_id", "patient_id", "study_id", "view", "uri")
+Column: TypeAlias = Sequence[str | None] | pa.Array | pa.ChunkedArray
+"""Texts of a column: a sequence, or what Arrow already holds."""
+LEFT_OUT = frozenset({"duplicate", "lateral", "other_view", "no_labels", "official_valid", "official_test"})
+"""Quarantine reasons of entries that are not wanted, rather than not usable: `prepare.max_bad` does not count them."""
 QUARANTINE_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
 
@@ -78,21 +82,26 @@ def list_column(values: NDArray[Any]) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def source_table(columns: Mapping[str, Sequence[str | None]], labels: NDArray[np.int8]) -> pa.Table:
+def source_table(columns: Mapping[str, Column], labels: NDArray[np.int8]) -> pa.Table:
     """Builds a source table from text columns (those of `source_schema`, strata optional) and labels [N, K].
 
     `study_id` and `view` may be left out or hold None (stored as ""), `split` may be left out (stored as null).
     """
     rows = len(labels)
     strata = [name for name in STRATA if name in columns]
-    built: list[pa.Array] = []
+    built: list[pa.Array | pa.ChunkedArray] = []
     for name in TEXT_COLUMNS:
-        values = pa.array(columns[name] if name in columns else [""] * rows, pa.string())
+        values = _texts(columns[name] if name in columns else [""] * rows)
         built.append(pc.fill_null(values, "") if name in ("study_id", "view") else values)
-    built.append(pa.array(columns["split"], pa.string()) if "split" in columns else pa.nulls(rows, pa.string()))
+    built.append(_texts(columns["split"]) if "split" in columns else pa.nulls(rows, pa.string()))
     built.append(list_column(np.asarray(labels, dtype=np.int8)))
-    built += [pa.array(columns[name], pa.string()) for name in strata]
+    built += [_texts(columns[name]) for name in strata]
     return pa.table(built, schema=source_schema(labels.shape[1], strata))
+
+
+def _texts(column: Column) -> pa.Array | pa.ChunkedArray:
+    """The column as Arrow strings."""
+    return column if isinstance(column, pa.Array | pa.ChunkedArray) else pa.array(column, pa.string())
 
 
 def keep_findings(source: SourceTable, findings: Sequence[str] | None) -> SourceTable:

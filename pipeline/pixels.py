@@ -6,10 +6,11 @@ from numpy.typing import NDArray
 from mpc.errors import MissingError
 from pipeline import storage
 from pipeline.decode import DecodeError, Fit, decode
+from pipeline.geometry import square
 
 
-def load(uri: str, size: int, fit: Fit) -> NDArray[np.uint8]:
-    """The image at `uri` as grey uint8 [size, size].
+def load(uri: str, size: int, fit: Fit, reduce_to: int | None = None) -> NDArray[np.uint8]:
+    """The image at `uri` as grey uint8 [size, size]; larger than `reduce_to`, it is first reduced to that side.
 
     Raises:
         DecodeError: this one image is missing, forbidden or not readable.
@@ -18,11 +19,11 @@ def load(uri: str, size: int, fit: Fit) -> NDArray[np.uint8]:
     if uri.startswith("phantom://"):
         from pipeline.sources.phantom import render_uri  # costs a worker that reads files nothing
 
-        return render_uri(uri, size)
+        return np.asarray(square(render_uri(uri, size), size, fit, reduce_to), dtype=np.uint8)
     try:
         data = storage.read_bytes(uri)
     except MissingError:
         raise DecodeError("missing", "no such file") from None
     except storage.DeniedError:
         raise DecodeError("denied", "may not be read: check its rights") from None
-    return decode(data, storage.name(uri), size, fit)
+    return decode(data, storage.name(uri), size, fit, reduce_to)

@@ -122,7 +122,10 @@ def _scored(packed: Packed, info: CheckpointInfo, sources: list[str], batch_size
     uris = pa.table({"uri": sources})
     blocks = [uris.slice(start, batch_size) for start in range(0, len(uris), batch_size)]
     decoded = ray.data.from_arrow(blocks).map_batches(
-        partial(_decode, size=info.image_size, fit=info.pixels.fit), batch_size=None, batch_format="pyarrow", num_cpus=1
+        partial(_decode, size=info.image_size, fit=info.pixels.fit, reduce_to=info.pixels.reduce_to),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=1,
     )
     model = ray.put(packed)
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -139,12 +142,12 @@ def _scored(packed: Packed, info: CheckpointInfo, sources: list[str], batch_size
         yield table
 
 
-def _decode(batch: pa.Table, size: int, fit: Any) -> pa.Table:
+def _decode(batch: pa.Table, size: int, fit: Any, reduce_to: int | None) -> pa.Table:
     """Pixels of each URI, or why there are none; a fault of the storage itself ends the prediction."""
 
     def one(uri: str) -> tuple[bytes | None, str | None, str | None]:
         try:
-            return pixels.load(uri, size, fit).tobytes(), None, None
+            return pixels.load(uri, size, fit, reduce_to).tobytes(), None, None
         except DecodeError as error:
             return None, str(error), None
         except UserError as error:  # as a value: an exception would reach the driver wrapped in traces

@@ -17,6 +17,7 @@ import pandas as pd
 from mlflow.models import set_model
 from numpy.typing import NDArray
 
+from mpc.config import CheckpointInfo
 from pipeline.decode import DecodeError, decode
 from pipeline.inference import DEFAULT_FLAG, LoadedModel, best_device, load_model, thresholds
 
@@ -49,7 +50,7 @@ class ServedModel(PythonModel):  # type: ignore[misc]
         """The rows of a few images."""
         info = self.loaded.info
         limits, default = thresholds(info)
-        read = [_read(image, info.image_size, info.pixels.fit) for image in images]
+        read = [_read(image, info) for image in images]
         good = [pixels for pixels in read if isinstance(pixels, np.ndarray)]
         scores: Iterator[NDArray[np.float64]] = iter(self.loaded.probabilities(np.stack(good)) if good else [])
         rows: list[dict[str, Any]] = []
@@ -65,12 +66,13 @@ class ServedModel(PythonModel):  # type: ignore[misc]
         return pd.DataFrame(rows, dtype=object if len(good) < len(read) else None)
 
 
-def _read(image: Any, size: int, fit: Any) -> NDArray[np.uint8] | str:
+def _read(image: Any, info: CheckpointInfo) -> NDArray[np.uint8] | str:
     """Pixels, or what is wrong with the image."""
     if not isinstance(image, str):
         return "not text: send base64 of the file's bytes"
     try:
-        return decode(base64.b64decode("".join(image.split()), validate=True), "request", size, fit)
+        data = base64.b64decode("".join(image.split()), validate=True)
+        return decode(data, "request", info.image_size, info.pixels.fit, info.pixels.reduce_to)
     except (binascii.Error, ValueError) as error:
         return str(error) if isinstance(error, DecodeError) else "not base64 of a file's bytes"
 

@@ -57,6 +57,7 @@ class ShardJob:
     size: int
     fit: Fit
     row_group: int
+    reduce_to: int | None = None
 
     @property
     def record_uri(self) -> str:
@@ -207,17 +208,17 @@ def _decoded(
 def _loaded(job: ShardJob, uris: list[str]) -> Iterator[NDArray[np.uint8] | DecodeError]:
     """Images in order; those of object storage are fetched side by side, one row group ahead at most."""
     if not any(storage.is_remote(uri) for uri in uris):
-        yield from (_load(uri, job.size, job.fit) for uri in uris)
+        yield from (_load(uri, job) for uri in uris)
         return
     with ThreadPoolExecutor(REMOTE_READS) as pool:
         for start in range(0, len(uris), job.row_group):
-            yield from pool.map(lambda uri: _load(uri, job.size, job.fit), uris[start : start + job.row_group])
+            yield from pool.map(lambda uri: _load(uri, job), uris[start : start + job.row_group])
 
 
-def _load(uri: str, size: int, fit: Fit) -> NDArray[np.uint8] | DecodeError:
+def _load(uri: str, job: ShardJob) -> NDArray[np.uint8] | DecodeError:
     """The image, or why there is none."""
     try:
-        return load(uri, size, fit)
+        return load(uri, job.size, job.fit, job.reduce_to)
     except DecodeError as fault:
         return fault
 

@@ -34,9 +34,9 @@ from pipeline.card import (
     write_card,
 )
 from pipeline.config import PrepareConfig
-from pipeline.manifest import QUARANTINE_SCHEMA, SourceTable, check, matrix
+from pipeline.manifest import LEFT_OUT, QUARANTINE_SCHEMA, SourceTable, check, matrix
 from pipeline.shard_file import WORK_FOLDER, ShardJob, ShardRecord
-from pipeline.sources import open_source
+from pipeline.sources import Roots, open_source
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) whenever a shard is finished."""
@@ -56,14 +56,20 @@ class Survey:
     raw_labels: dict[str, RawCounts]
     counts: dict[SplitName, SplitCounts]
 
+    @property
+    def unusable(self) -> Counter[str]:
+        """Reason -> entries that never became rows, without those left out on purpose."""
+        reasons = Counter(self.source.quarantine["reason"].to_pylist())
+        return Counter({reason: times for reason, times in reasons.items() if reason not in LEFT_OUT})
 
-def survey(config: PrepareConfig, root: str | None) -> Survey:
+
+def survey(config: PrepareConfig, roots: Roots) -> Survey:
     """Source, policy and split, without decoding or writing anything.
 
     Raises:
         UserError: whatever is wrong with source, policy or split.
     """
-    source = open_source(config, root)
+    source = open_source(config, roots)
     table, codes = policy.apply(source, config.policy)
     manifest = _ordered(split.set_apart(split.assign(table, config.split)))
     check(manifest, source.findings)
@@ -77,7 +83,7 @@ def survey(config: PrepareConfig, root: str | None) -> Survey:
 
 def prepare(
     config: PrepareConfig,
-    root: str | None,
+    roots: Roots,
     out: str,
     resume: bool = False,
     progress: Progress | None = None,
@@ -90,7 +96,7 @@ def prepare(
 
     Args:
         config: what to prepare.
-        root: folder or s3:// URI of the collection; None for the synthetic source.
+        roots: folder or s3:// URI of the collection, or several; None for the synthetic source.
         out: folder or s3:// URI; must be empty unless `resume`.
         resume: continue an earlier run of the same configuration and source.
         progress: called after each shard.
@@ -100,12 +106,11 @@ def prepare(
         UserError: bad source or configuration, `out` not empty, too many bad images, storage that fails.
     """
     out = storage.absolute(out)
-    found = survey(config, root)
+    found = survey(config, roots)
     if announce:
         announce(found)
     plan = _plan_digest(config, found)
-    upfront = Counter(found.source.quarantine["reason"].to_pylist())
-    _limit(upfront, len(found.manifest) + upfront.total(), config.max_bad)
+    _limit(found.unusable, len(found.manifest) + found.unusable.total(), config.max_bad)
     if _open_output(out, plan, resume):
         return read_card(out)
     jobs = _jobs(config, found, out, plan)
@@ -169,7 +174,7 @@ def _jobs(config: PrepareConfig, found: Survey, out: str, plan: str) -> dict[Sha
             job = ShardJob(
                 out=out, path=f"{SHARD_FOLDER}/{name}-{index:05d}.parquet", split=name, row_start=start, plan=plan,
                 findings=found.source.findings, strata=config.strata, size=config.image_size, fit=config.fit,
-                row_group=config.row_group,
+                row_group=config.row_group, reduce_to=config.reduce_to,
             )  # fmt: skip
             jobs[job] = found.manifest.slice(start, length)
             start += length
@@ -182,7 +187,7 @@ def _written(
     """Decodes what no earlier run has; stops as soon as too many images are bad."""
     records = {job.path: record for job in jobs if (record := shard_file.finished(job))}
     total = len(found.manifest)
-    reasons = Counter(found.source.quarantine["reason"].to_pylist())
+    reasons = found.unusable
     entries = total + reasons.total()
     for record in records.values():
         reasons.update(fault.reason for fault in record.faults)
@@ -236,7 +241,7 @@ def _finish(config: PrepareConfig, found: Survey, out: str, plan: str, records: 
     shards = tuple(record.shard for record in records if record.shard.rows)
     card = DatasetCard(
         name=source.name, synthetic=source.synthetic, findings=source.findings, image_size=config.image_size,
-        fit=config.fit, policy=config.policy, split=config.split, strata=config.strata,
+        fit=config.fit, reduce_to=config.reduce_to, policy=config.policy, split=config.split, strata=config.strata,
         counts=count(kept, source.findings), raw_labels=found.raw_labels,
         quarantined=dict(sorted(Counter(quarantine["reason"].to_pylist()).items())), sources=source.digests,
         versions={name: version(name) for name in RECORDED_VERSIONS}, plan=plan, shards=shards,
@@ -248,7 +253,7 @@ def _finish(config: PrepareConfig, found: Survey, out: str, plan: str, records: 
 
 
 def _limit(reasons: Counter[str], entries: int, max_bad: float) -> None:
-    """Raises UserError once the share of quarantined entries is past the limit."""
+    """Raises UserError once the share of unusable entries is past the limit."""
     bad = reasons.total()
     if bad > max_bad * entries:
         reason, times = reasons.most_common(1)[0]

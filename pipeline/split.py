@@ -16,7 +16,8 @@ def assign(table: pa.Table, split: SplitConfig) -> pa.Table:
     """Fills the `split` column; every patient lies in one split, whatever the order of the rows.
 
     `official` keeps the source's own values; where those have no `val`, the share `split.val` of the training patients
-    becomes it. A source without lists, and `hash`, splits all patients by hash.
+    becomes it. A source without lists, and `hash`, splits all patients by hash. With `split.folds` above 1 the test
+    split is the fold `split.fold` of the hash, and `val` the share `split.val` of the other patients.
 
     Raises:
         UserError: some rows without official split, a patient in two splits, or an empty split.
@@ -46,9 +47,10 @@ def require_all(splits: pa.ChunkedArray, split: SplitConfig) -> None:
     present = set(pc.unique(splits).to_pylist())
     empty = [name for name in SPLITS if name not in present]
     if empty:
+        tested = f"fold={split.fold} of {split.folds}" if split.folds > 1 else f"test={split.test}"
         raise UserError(
-            f"split {empty[0]!r} is empty ({len(splits)} images; split.by={split.by}, val={split.val}, "
-            f"test={split.test}); raise its share, use another split.salt or more patients with a finding"
+            f"split {empty[0]!r} is empty ({len(splits)} images; split.by={split.by}, val={split.val}, {tested}); "
+            f"raise its share, use another split.salt or more patients with a finding"
         )
 
 
@@ -59,8 +61,13 @@ def unit_hash(salt: str, key: str) -> float:
 
 
 def _by_hash(patients: pa.ChunkedArray, split: SplitConfig) -> pa.Array:
-    """Test below `test`, val in the next `val`, train above, by the patient's hash."""
+    """Test below `test`, val in the next `val`, train above, by the patient's hash; or one fold of it as test."""
     draw = _patient_hash(patients, split.salt)
+    if split.folds > 1:
+        # the hash that cuts the folds is used up: below the first fold's edge it could carve no val from the others
+        carved = _patient_hash(patients, f"{split.salt}:val:{split.fold}") < split.val
+        fold = np.minimum(np.floor(draw * split.folds), split.folds - 1)  # a draw may round up to 1
+        return pa.array(np.where(fold == split.fold, "test", np.where(carved, "val", "train")), pa.string())
     edges = [split.test, split.test + split.val]
     return pa.array(np.array(["test", "val", "train"])[np.digitize(draw, edges)], pa.string())
 

@@ -32,6 +32,7 @@ def tiny_checkpoint(
     *,
     findings: tuple[str, ...] = FINDINGS,
     size: int = SIZE,
+    reduce_to: int | None = None,
     digest: str = "0" * 64,
     seed: int = 0,
     metrics: dict[str, float] | None = None,
@@ -39,7 +40,7 @@ def tiny_checkpoint(
 ) -> CheckpointInfo:
     """A checkpoint of an untrained network whose raw and averaged weights differ."""
     run = RunConfig(model=ModelConfig(backbone="test_efficientnet_gn"))
-    pixels = PixelSpec()
+    pixels = PixelSpec(reduce_to=reduce_to)
     torch.manual_seed(seed)
     model, ema = (build_model(run, len(findings), pixels) for _ in range(2))
     info = CheckpointInfo(

@@ -5,6 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pydicom
 import pytest
@@ -273,3 +274,35 @@ def test_real_dicom_equals_its_png(shared_data: Path):
 def test_missing_image_is_a_reason(tmp_path):
     with pytest.raises(DecodeError, match="missing"):
         load(str(tmp_path / "nothing.png"), 8, "pad")
+
+
+def test_reduced_by_hand():
+    square = np.array([[0, 100, 8, 8], [100, 200, 8, 8], [4, 4, 0, 0], [4, 4, 0, 4]], np.uint8)
+    reduced = np.array([[100, 8], [4, 1]], np.uint8)
+    np.testing.assert_array_equal(decode(encoded(square), "x", 2, "pad", 2), reduced)
+    for side in (4, 5, None):
+        np.testing.assert_array_equal(decode(encoded(square), "x", 4, "pad", side), square)
+    grown = cv2.resize(reduced, (4, 4), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(decode(encoded(square), "x", 4, "pad", 2), grown)
+    wide = np.repeat(np.array([[10, 20, 30, 40]], np.uint8), 2, axis=0)  # 2 x 4: its longer side becomes 2
+    np.testing.assert_array_equal(decode(encoded(wide), "x", 2, "pad", 2), [[15, 35], [0, 0]])
+    np.testing.assert_array_equal(decode(encoded(wide), "x", 2, "crop", 2), [[20, 30], [20, 30]])
+
+
+def test_reduced_images_of_unequal_sharpness_carry_the_same_detail(shared_data: Path):
+    sharp = sorted((shared_data / "nih-256" / "images").glob("*.png"))[:20]
+    reduced = [
+        cv2.resize(cv2.imread(str(path), cv2.IMREAD_GRAYSCALE), (64, 64), interpolation=cv2.INTER_AREA)
+        for path in sharp
+    ]
+    blurred = [encoded(image) for image in reduced]
+
+    def gap(reduce_to: int | None) -> float:
+        pairs = [
+            (decode(path.read_bytes(), "x", 96, "pad", reduce_to), decode(small, "x", 96, "pad", reduce_to))
+            for path, small in zip(sharp, blurred, strict=True)
+        ]
+        return float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in pairs]))
+
+    assert gap(64) == 0
+    assert gap(None) > 1

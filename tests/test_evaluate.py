@@ -90,6 +90,7 @@ def test_the_averaged_weights_are_scored(data: tuple[str, DatasetCard], checkpoi
         ({"findings": ("Effusion", "Mass", "Hernia")}, "differ in Hernia, Nodule"),
         ({"findings": ("Mass", "Effusion", "Nodule")}, "order"),
         ({"size": 64}, "image size 64.*image size 32"),
+        ({"reduce_to": 16}, "reduce_to 16.*reduce_to None"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(

@@ -76,6 +76,47 @@ def test_hash_split_is_by_patient_stable_and_of_the_asked_size():
     assert salted["split"].to_pylist() != assigned["split"].to_pylist()
 
 
+def test_folds_test_every_patient_exactly_once():
+    table, folds = many(1000, 2), 4
+    tested: list[str] = []
+    val_patients: list[set[str]] = []
+    for fold in range(folds):
+        assigned = split.assign(table, SplitConfig(by="hash", folds=folds, fold=fold, val=0.2))
+        pairs = set(zip(assigned["patient_id"].to_pylist(), assigned["split"].to_pylist(), strict=True))
+        assert len(pairs) == 1000, "no patient is in two splits"
+        held_out = [patient for patient, name in pairs if name == "test"]
+        assert len(held_out) / 1000 == pytest.approx(1 / folds, abs=0.05)
+        val_patients.append({patient for patient, name in pairs if name == "val"})
+        assert len(val_patients[-1]) / (1000 - len(held_out)) == pytest.approx(0.2, abs=0.05)
+        tested += held_out
+    assert sorted(tested) == sorted({f"patient{p}" for p in range(1000)})
+    assert not set.intersection(*val_patients), "each fold draws its own val"
+
+
+def test_the_fold_of_one_patient_by_hand():
+    draw = int.from_bytes(hashlib.blake2b(b"mpc-cxr:patient7", digest_size=8).digest(), "big") / 2**64
+    names = [
+        split.assign(many(), SplitConfig(by="hash", folds=5, fold=fold, test=0.9))["split"][21].as_py()
+        for fold in range(5)
+    ]
+    assert [name == "test" for name in names] == [int(draw * 5) == fold for fold in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"folds": 5, "fold": 5, "by": "hash"}, "fold 5 is not one of folds 5; choose 0 to 4"),
+        ({"fold": 1}, "fold 1 is not one of folds 1"),
+        ({"folds": 5}, "cannot follow official lists; set prepare.split.by=hash"),
+        ({"folds": 0}, "greater than or equal to 1"),
+        ({"folds": 2, "by": "hash", "val": 1.0}, "val 1.0 leaves nothing"),
+    ],
+)
+def test_folds_that_cannot_be(change, words):
+    with pytest.raises(ValueError, match=words):
+        SplitConfig(**change)
+
+
 def test_the_hash_of_one_patient_by_hand():
     draw = int.from_bytes(hashlib.blake2b(b"mpc-cxr:patient7", digest_size=8).digest(), "big") / 2**64
     expected = "test" if draw < 0.2 else "val" if draw < 0.5 else "train"

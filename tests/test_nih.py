@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import call
 
 from mpc.errors import UserError
 from pipeline.config import PrepareConfig
 from pipeline.manifest import matrix
+from pipeline.shards import survey
 from pipeline.sources import open_source
 from pipeline.sources.phantom.labels import FINDINGS
 
@@ -159,3 +161,57 @@ def test_the_table_of_all_112120_images_without_images(shared_data, tmp_path):
     source = opened(tmp_path)
     assert len(source.table) == 1
     assert len(source.quarantine) == 112_119
+
+
+def test_several_roots_are_one_collection(tmp_path):
+    first = collection(tmp_path / "a")
+    more = [("00000001_001.png", "No Finding", "1", "58", "M", "AP"), ("00000003_000.png", "Mass", "3", "9", "F", "PA")]
+    second = collection(tmp_path / "b", rows=more)
+    source = open_source(PrepareConfig(source="nih"), [str(first), str(second)])
+    assert source.table["image_id"].to_pylist() == [row[0].removesuffix(".png") for row in (*ROWS, more[1])]
+    assert source.table["uri"][1].as_py() == str(first / "images" / "00000001_001.png")
+    assert source.quarantine.to_pylist() == [
+        {
+            "source": str(second / "images" / "00000001_001.png"),
+            "reason": "duplicate",
+            "detail": f"same image id as {first / 'images' / '00000001_001.png'}",
+        }
+    ]
+    assert list(source.digests) == ["root-1/Data_Entry_2017_v2020.csv", "root-2/Data_Entry_2017_v2020.csv"]
+    swapped = open_source(PrepareConfig(source="nih"), [str(second), str(first)])
+    assert faults(swapped) == [("00000001_001.png", "duplicate")]
+    assert swapped.quarantine["source"][0].as_py() == str(first / "images" / "00000001_001.png")
+    with pytest.raises(UserError, match=rf"--root {first} is given twice"):
+        open_source(PrepareConfig(source="nih"), [str(first), f"{first}/"])
+
+
+def test_roots_keep_their_own_faults_and_strata(tmp_path):
+    first = collection(tmp_path / "a", header=HEADER.replace("Patient Gender", "Sex"))
+    second = collection(tmp_path / "b", rows=[("00000003_000.png", "Mass", "3", "9", "F", "PA")])
+    (first / "images" / "00000002_000.png").unlink()
+    source = open_source(PrepareConfig(source="nih"), [str(first), str(second)])
+    assert faults(source) == [("00000002_000.png", "missing")]
+    assert source.table["sex"].to_pylist() == [None, None, "F"]
+    assert source.table["age_band"].to_pylist() == ["40-59", "40-59", "0-19"]
+    (second / "Data_Entry_2017_v2020.csv").unlink()
+    with pytest.raises(UserError, match=rf"{second} holds no NIH table"):
+        open_source(PrepareConfig(source="nih"), [str(first), str(second)])
+
+
+def test_root_may_be_repeated_on_the_command_line(tmp_path):
+    first = collection(tmp_path / "a", rows=[(f"{p:08d}_000.png", "Mass", str(p), "9", "F", "PA") for p in range(40)])
+    second = collection(tmp_path / "b", rows=[("00000001_000.png", "Mass", "1", "9", "F", "PA"), *ROWS[2:]])
+    places = ["--root", str(first), "--root", str(second), "--out", str(tmp_path / "out")]
+    done = call("prepare", "--source", "nih", *places, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "left out: 2 images (duplicate 2)" in done.stdout
+
+
+def test_two_real_folders_share_six_images(shared_data):
+    roots = [str(shared_data / name) for name in ("nih-256", "nih-64")]
+    config = PrepareConfig(source="nih", reduce_to=64, findings=(*FINDINGS, "No Finding"))
+    found = survey(config, roots)
+    assert len(found.manifest) == 746 + 779 - 6
+    assert [row["reason"] for row in found.source.quarantine.to_pylist()] == ["duplicate"] * 6
+    assert all("nih-64" in row["source"] for row in found.source.quarantine.to_pylist())
+    assert len(set(found.manifest["image_id"].to_pylist())) == 1519

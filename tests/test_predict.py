@@ -1,21 +1,25 @@
 """Prediction through Ray Data: every image once, in order, a bad file one row."""
 
+import base64
 import io
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
 from factory import FINDINGS, SIZE, tiny_checkpoint
 
+from mpc.checkpoint import read_info
 from mpc.errors import MissingError, UserError
 from pipeline.images import find_images
 from pipeline.inference import load_model
 from pipeline.pixels import load
 from pipeline.predict import SCHEMA, predict
+from pipeline.served_model import ServedModel
 from pipeline.storage import read_bytes, write_bytes
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -77,6 +81,24 @@ def test_probabilities_are_those_of_the_network(checkpoint: Path, images: Path, 
     assert [row["flags"] for row in rows[:3]] == ["default_threshold", None, "default_threshold"]
     assert all(row["positive"] == (row["probability"] >= row["threshold"]) for row in rows)
     assert {row["model_version"] for row in rows} == {"cxr/3"}
+
+
+def test_raw_images_are_reduced_as_the_training_images_were(images: Path, tmp_path: Path) -> None:
+    info = tiny_checkpoint(tmp_path / "best", reduce_to=16)
+    assert read_info(tmp_path / "best").pixels == info.pixels
+    predict(tmp_path / "best", str(images / "?.png"), str(tmp_path / "a.parquet"))
+    found = np.array([row["probability"] for row in pq.read_table(tmp_path / "a.parquet").to_pylist()]).reshape(3, -1)
+    paths = [images / f"{index}.png" for index in range(3)]
+    loaded = load_model(tmp_path / "best")
+    expected = loaded.probabilities(np.stack([load(str(path), SIZE, "pad", 16) for path in paths]))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    untreated = loaded.probabilities(np.stack([load(str(path), SIZE, "pad") for path in paths]))
+    assert np.abs(untreated - expected).max() > 1e-4
+    served = ServedModel()
+    served.loaded = loaded
+    texts = [base64.b64encode(path.read_bytes()).decode() for path in paths]
+    answered = served.predict(None, pd.DataFrame({"image": texts}))
+    np.testing.assert_allclose(answered[list(FINDINGS)].to_numpy(float), expected, atol=1e-5)
 
 
 def test_csv_and_a_table_of_paths(checkpoint: Path, images: Path, tmp_path: Path) -> None:

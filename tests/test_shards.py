@@ -17,7 +17,7 @@ from test_nih import collection
 
 from mpc.errors import UserError
 from pipeline import storage
-from pipeline.card import read_card
+from pipeline.card import DatasetCard, read_card
 from pipeline.check import check
 from pipeline.config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.decode import decode
@@ -94,6 +94,30 @@ def test_equal_configuration_gives_equal_bytes(tmp_path):
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
     other = prepare(phantoms(phantom=PhantomConfig(images=90, seed=1)), None, str(tmp_path / "c"))
     assert other.digest != read_card(str(tmp_path / "a")).digest
+
+
+def test_images_are_reduced_first_and_the_card_says_so(tmp_path):
+    card = prepare(phantoms(reduce_to=16), None, str(tmp_path / "out"))
+    assert (card.reduce_to, card.pixels.reduce_to) == (16, 16)
+    expected = survey(phantoms(), None).manifest
+    first = np.frombuffer(rows_of(tmp_path / "out")[0]["image"], np.uint8).reshape(32, 32)
+    np.testing.assert_array_equal(first, load(expected["uri"][0].as_py(), 32, "pad", 16))
+    assert np.abs(first.astype(int) - load(expected["uri"][0].as_py(), 32, "pad")).mean() > 0.5
+    with pytest.raises(UserError, match="another configuration"):
+        prepare(phantoms(reduce_to=20), None, str(tmp_path / "out"), resume=True)
+    without = {key: value for key, value in card.model_dump(mode="json").items() if key != "reduce_to"}
+    assert DatasetCard.model_validate(without).pixels.reduce_to is None, "older cards load"
+
+
+def test_every_image_is_tested_in_one_fold():
+    tested: list[str] = []
+    for fold in range(3):
+        split = SplitConfig(by="hash", folds=3, fold=fold, val=0.25)
+        manifest = survey(phantoms(split=split), None).manifest.to_pylist()
+        tested += [row["image_id"] for row in manifest if row["split"] == "test"]
+        places = {(row["patient_id"], row["split"].replace("unlabelled", "train")) for row in manifest}
+        assert len(places) == len({patient for patient, _ in places})
+    assert sorted(tested) == sorted(survey(phantoms(), None).manifest["image_id"].to_pylist())
 
 
 def test_rows_are_not_sorted_by_patient(tmp_path):

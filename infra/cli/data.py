@@ -1,5 +1,6 @@
 """Verbs that make and verify data sets: prepare, check."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,11 +14,14 @@ if TYPE_CHECKING:
     from pipeline.card import DatasetCard, SplitCounts
 
 Source = Annotated[
-    Literal["phantom", "nih"] | None,
+    Literal["phantom", "nih", "chexpert", "mimic_cxr"] | None,
     typer.Option("--source", help="Where images come from: sets prepare.source. phantom is synthetic."),
 ]
 Root = Annotated[
-    str | None, typer.Option("--root", metavar="URI", help="Folder or bucket of the collection; phantom needs none.")
+    list[str] | None,
+    typer.Option(
+        "--root", metavar="URI", help="Folder or bucket of the collection; may be repeated; phantom has none."
+    ),
 ]
 
 
@@ -46,7 +50,7 @@ def prepare(
     settings = settings_of(config, set_, verbose)
     if source is not None:
         settings = settings_of(config, [*(set_ or []), f"prepare.source={source}"])
-    if settings.prepare.source != "phantom" and root is None:
+    if settings.prepare.source != "phantom" and not root:
         raise UserError(f"source {settings.prepare.source} needs --root, the folder or bucket of the collection")
     claim(out, resume)
     if dry_run:
@@ -54,6 +58,7 @@ def prepare(
 
         found = survey(settings.prepare, root)
         show_counts(f"{found.source.name}, before any image is read", found.source.findings, found.counts)
+        show_quarantine(Counter(found.source.quarantine["reason"].to_pylist()))
         say(f"would prepare {settings.prepare.image_size} pixels a side into {out}")
         return
     from pipeline.shards import prepare as write_shards
@@ -87,10 +92,19 @@ def show_card(card: "DatasetCard") -> None:
     """Tables of images, patients and positives per finding and split, and what was quarantined."""
     kind = "synthetic radiographs, " if card.synthetic else ""
     show_counts(f"{card.name}: {kind}{card.image_size} pixels a side", card.findings, card.counts)
-    bad = sum(card.quarantined.values())
-    if bad:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in card.quarantined.items())
-        say(f"quarantined: {bad} images ({reasons}); see quarantine.parquet")
+    show_quarantine(card.quarantined, "; see quarantine.parquet")
+
+
+def show_quarantine(reasons: Mapping[str, int], more: str = "") -> None:
+    """What is not among the images: entries that cannot be used, and those left out on purpose."""
+    from pipeline.manifest import LEFT_OUT
+
+    unusable = {reason: count for reason, count in sorted(reasons.items()) if reason not in LEFT_OUT}
+    unwanted = {reason: count for reason, count in sorted(reasons.items()) if reason in LEFT_OUT}
+    for title, chosen in (("quarantined", unusable), ("left out", unwanted)):
+        if chosen:
+            listed = ", ".join(f"{reason} {count:,}" for reason, count in chosen.items())
+            say(f"{title}: {sum(chosen.values()):,} images ({listed}){more}")
 
 
 def show_counts(title: str, findings: Sequence[str], counts: Mapping[Any, "SplitCounts"]) -> None:

@@ -1,38 +1,67 @@
 """Collections of radiographs, each read into one source table."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.config import PrepareConfig
 from pipeline.manifest import STRATA, SourceTable, check_unique, keep_findings, source_schema
+from pipeline.sources.tables import quarantine
+
+Roots = str | Sequence[str] | None
+"""Where a collection lies: a folder or s3:// URI, several of them, or None for the synthetic source."""
 
 
-def open_source(config: PrepareConfig, root: str | None) -> SourceTable:
+def open_source(config: PrepareConfig, roots: Roots) -> SourceTable:
     """Reads the collection that the configuration names, with the findings it asks for.
+
+    Several roots are read one by one and put together in their order. An image id that an earlier root already has is
+    left out and quarantined as `duplicate`.
 
     Args:
         config: `source` chooses the reader.
-        root: folder or s3:// URI of the collection; none for the synthetic source.
+        roots: where the collection lies.
 
     Raises:
-        UserError: no root where one is needed, a table without its columns, unknown findings, ids that repeat.
+        UserError: no root where one is needed, a table without its columns, unknown findings, ids that repeat in a
+            root, a root given twice.
     """
+    places = [storage.absolute(root) for root in ([roots] if isinstance(roots, str) else roots or ())]
+    if config.source == "phantom":
+        if places:
+            raise UserError(f"the phantom source draws its images and reads nothing from {places[0]}; leave --root out")
+    elif not places:
+        raise UserError(f"source {config.source} needs --root, the folder of the collection")
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise UserError(f"--root {twice} is given twice; name each folder once")
+    source = _together([_conform(_read(config, place)) for place in places or [""]])
+    return keep_findings(source, config.findings or source.default_findings or source.findings)
+
+
+def _read(config: PrepareConfig, root: str) -> SourceTable:
+    """What lies in one root, by the reader of `config.source`."""
     if config.source == "phantom":
         from pipeline.sources import phantom
 
-        if root is not None:
-            raise UserError(f"the phantom source draws its images and reads nothing from {root}; leave --root out")
-        source = phantom.source(config.phantom)
-    else:
-        from pipeline.sources import nih
+        return phantom.source(config.phantom)
+    if config.source == "chexpert":
+        from pipeline.sources import chexpert
 
-        if root is None:
-            raise UserError(f"source {config.source} needs --root, the folder of the collection")
-        source = nih.source(storage.absolute(root))
-    if config.findings is None:
-        config = config.model_copy(update={"findings": source.default_findings or source.findings})
-    return keep_findings(_conform(source), config.findings)
+        by_hash = config.split.by == "hash"
+        return chexpert.source(root, views=config.views, official_test=config.official_test, by_hash=by_hash)
+    if config.source == "mimic_cxr":
+        from pipeline.sources import mimic_cxr
+
+        return mimic_cxr.source(root, views=config.views, labeler=config.labeler)
+    from pipeline.sources import nih
+
+    return nih.source(root)
 
 
 def _conform(source: SourceTable) -> SourceTable:
@@ -41,3 +70,29 @@ def _conform(source: SourceTable) -> SourceTable:
     wanted: pa.Schema = source_schema(len(source.findings), strata)
     check_unique(source.table["image_id"])
     return source.with_table(source.table.select(wanted.names).cast(wanted))
+
+
+def _together(sources: Sequence[SourceTable]) -> SourceTable:
+    """One source of all roots; digests are numbered by root, strata that one table lacks are unknown there."""
+    first = sources[0]
+    if len(sources) == 1:
+        return first
+    table = pa.concat_tables([source.table for source in sources], promote_options="default").combine_chunks()
+    ids = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    _, earliest, which = np.unique(ids, return_index=True, return_inverse=True)
+    again = pa.array(earliest[which] < np.arange(len(ids)))
+    shadows = table["uri"].combine_chunks().filter(again)
+    kept = table["uri"].combine_chunks().take(pa.array(earliest[which])).filter(again)
+    detail = pc.binary_join_element_wise("same image id as ", kept, "")
+    return replace(
+        first,
+        table=table.filter(pc.invert(again)),
+        digests={
+            f"root-{number}/{name}": digest
+            for number, source in enumerate(sources, 1)
+            for name, digest in source.digests.items()
+        },
+        quarantine=pa.concat_tables(
+            [*(source.quarantine for source in sources), quarantine(shadows, "duplicate", detail)]
+        ),
+    )

@@ -5,12 +5,12 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 from numpy.typing import NDArray
 
-from mpc.errors import MissingError, UserError
+from mpc.errors import UserError
 from pipeline import storage
-from pipeline.manifest import QUARANTINE_SCHEMA, SourceTable, source_table
+from pipeline.manifest import Column, SourceTable, source_table
+from pipeline.sources import tables
 from pipeline.sources.phantom.labels import FINDINGS
 
 NO_FINDING = "No Finding"
@@ -30,83 +30,45 @@ def source(root: str) -> SourceTable:
     Raises:
         UserError: no table, a header without its columns, an unknown finding, an image twice, a row in no list.
     """
-    table_name, content = _read_table(root)
-    table = _parse(content, storage.join(root, table_name))
+    table = tables.read(tables.find(root, TABLES, "NIH table"), COLUMNS, OPTIONAL, filled=COLUMNS[:3])
+    name = storage.name(table.uri)
     images = _images(root)
-    names = table["Image Index"].to_pylist()
-    splits, digests = _official(root, names)
-    digests[table_name] = hashlib.sha256(content).hexdigest()
-    present = np.array([name in images for name in names], dtype=np.bool_)
-    if not present.any():
-        raise UserError(f"no image of {table_name} lies under {root}; expected images/*.png or images_*/images/*.png")
-    labels = _labels(table["Finding Labels"], storage.join(root, table_name))
-    missing = [name for name in names if name not in images]
+    splits, digests = _official(root)
+    listed = table.rows["Image Index"].to_pylist()
+    uris = pa.array([images.get(image) or storage.join(root, "images", image) for image in listed], pa.string())
+    found = pa.array(list(images.values()), pa.string())
+    layout = f"{root}: expected images/*.png or images_*/images/*.png"
+    labels = _labels(table.rows["Finding Labels"], table.uri)
+    stays, quarantine = tables.sift(uris, found, name, layout)
+    columns = _columns(table.rows.filter(stays), uris.filter(stays), splits)
     return SourceTable(
-        table=source_table(_columns(table.filter(pa.array(present)), images, splits), labels[present]),
+        table=source_table(columns, labels[np.asarray(stays)]),
         findings=(*FINDINGS, NO_FINDING),
         name="nih",
         synthetic=False,
-        digests=dict(sorted(digests.items())),
-        quarantine=_faults(root, table_name, missing, set(images) - set(names), images),
+        digests=dict(sorted({**digests, name: table.digest}.items())),
+        quarantine=quarantine,
         default_findings=FINDINGS,
     )
 
 
-def _columns(rows: pa.Table, images: dict[str, str], splits: dict[str, str]) -> dict[str, list[str | None]]:
+def _columns(rows: pa.Table, uris: pa.Array, splits: dict[str, str]) -> dict[str, Column]:
     """Text columns of the source table for the rows that have an image."""
     names = rows["Image Index"].to_pylist()
-    ids: list[str | None] = [name.removesuffix(".png") for name in names]
-    columns = {
+    ids = [name.removesuffix(".png") for name in names]
+    columns: dict[str, Column] = {
         "image_id": ids,
-        "patient_id": rows["Patient ID"].to_pylist(),
+        "patient_id": rows["Patient ID"],
         "study_id": ids,  # the collection numbers images, not studies
-        "view": rows["View Position"].to_pylist(),
-        "uri": [images[name] for name in names],
+        "view": rows["View Position"],
+        "uri": uris,
         "split": [splits.get(name) for name in names],
     }
     if "Patient Gender" in rows.column_names:
-        columns["sex"] = rows["Patient Gender"].to_pylist()
+        columns["sex"] = rows["Patient Gender"]
     if "Patient Age" in rows.column_names:
-        columns["age_band"] = [_age_band(age) for age in rows["Patient Age"].to_pylist()]
+        columns["age_band"] = tables.mapped(rows["Patient Age"], tables.age_band)
     return columns
-
-
-def _read_table(root: str) -> tuple[str, bytes]:
-    """Name and bytes of the collection's table."""
-    for name in TABLES:
-        uri = storage.join(root, name)
-        if storage.exists(uri):
-            return name, storage.read_bytes(uri)
-    raise MissingError(f"{root} holds no NIH table; expected {' or '.join(TABLES)}")
-
-
-def _parse(content: bytes, uri: str) -> pa.Table:
-    """The needed columns as text, by name.
-
-    Raises:
-        UserError: missing columns (named, with what was found), an unreadable file, no rows, an empty cell.
-    """
-    stream: pa.NativeFile = pa.BufferReader(content)
-    if uri.endswith(".gz"):
-        stream = pa.CompressedInputStream(stream, "gzip")
-    try:
-        raw = stream.read()
-        header = pa.csv.open_csv(pa.BufferReader(raw)).schema.names
-        missing = [name for name in COLUMNS if name not in header]
-        if missing:
-            raise UserError(f"{uri} lacks the column(s) {', '.join(missing)}; its header has {', '.join(header)}")
-        wanted = [name for name in (*COLUMNS, *OPTIONAL) if name in header]
-        convert = pa.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()))
-        table = pa.csv.read_csv(pa.BufferReader(raw), convert_options=convert)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{uri} is not a readable table: {' '.join(str(error).split())[:200]}") from None
-    if not len(table):
-        raise UserError(f"{uri} has a header but no rows; give the whole table")
-    for name in COLUMNS[:3]:
-        blank = pc.index(pc.equal(pc.utf8_trim_whitespace(table[name]), ""), True).as_py()
-        if blank >= 0:
-            raise UserError(f"{uri}, row {blank + 2}: {name} is empty; mend the table")
-    return table
 
 
 def _images(root: str) -> dict[str, str]:
@@ -138,7 +100,7 @@ def _labels(column: pa.ChunkedArray, uri: str) -> NDArray[np.int8]:
     return np.asarray(rows[encoded.indices.to_numpy()], dtype=np.int8)
 
 
-def _official(root: str, names: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _official(root: str) -> tuple[dict[str, str], dict[str, str]]:
     """Image name -> official split, and the digests of the lists; both empty where there are none."""
     present = {file: storage.exists(storage.join(root, file)) for file in LISTS}
     if not any(present.values()):
@@ -157,21 +119,3 @@ def _official(root: str, names: list[str]) -> tuple[dict[str, str], dict[str, st
             raise UserError(f"{both} is in both {' and '.join(LISTS)} of {root}; mend the lists")
         splits.update(dict.fromkeys(listed, split))
     return splits, digests
-
-
-def _faults(root: str, table_name: str, missing: list[str], unlisted: set[str], images: dict[str, str]) -> pa.Table:
-    """What never becomes a row, in the order of the table and then by name."""
-    where = f"row of {table_name} without an image file"
-    rows = [{"source": storage.join(root, "images", name), "reason": "missing", "detail": where} for name in missing]
-    extra = f"image file without a row in {table_name}"
-    rows += [{"source": images[name], "reason": "unlisted", "detail": extra} for name in sorted(unlisted)]
-    return pa.Table.from_pylist(rows, schema=QUARANTINE_SCHEMA)
-
-
-def _age_band(age: str) -> str | None:
-    """Twenty years of age ("40-59"); the older table writes 058Y. Ages above 120 are typing errors: None."""
-    digits = age.rstrip("YMD").lstrip("0") or "0"
-    if not digits.isdigit() or int(digits) > 120:
-        return None
-    years = int(digits) if not age.endswith(("M", "D")) else 0
-    return f"{years // 20 * 20}-{years // 20 * 20 + 19}"

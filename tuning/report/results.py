@@ -133,11 +133,12 @@ def facts(inputs: Inputs) -> list[tuple[str, str]]:
     card, info, run = inputs.card, inputs.info, inputs.run
     metric = f"val_{run.train.metric}"
     value = info.metrics.get(metric)
+    reduced = f"; larger ones first reduced to {card.reduce_to}" if card.reduce_to else ""
     chosen = f"best epoch by {metric}" + ("" if value is None else f" = {value:.3f}")
     versions = [f"{name} {info.versions[name]}" for name in VERSION_ORDER if name in info.versions]
     return [
         ("Scored on", f"{card.name}, split {inputs.metrics['split']}: {inputs.metrics['n_images']:,} images"),
-        ("Images", f"{card.image_size} x {card.image_size} pixels, grey; rectangles: {card.fit}"),
+        ("Images", f"{card.image_size} x {card.image_size} pixels, grey; rectangles: {card.fit}{reduced}"),
         ("Findings", f"{len(card.findings)}: {', '.join(name.replace('_', ' ') for name in card.findings)}"),
         ("Labels in training", labels_seen(inputs)),
         ("Method", method_of(inputs)),

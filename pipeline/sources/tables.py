@@ -1,0 +1,176 @@
+"""What sources with CSV tables share: headers checked by name, label codes, files against rows, what is left out."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from mpc.errors import MissingError, UserError
+from pipeline import storage
+from pipeline.manifest import BLANK, NEGATIVE, POSITIVE, QUARANTINE_SCHEMA, UNCERTAIN
+
+CODES = {
+    "1.0": POSITIVE, "1": POSITIVE, "0.0": NEGATIVE, "0": NEGATIVE, "-1.0": UNCERTAIN, "-1": UNCERTAIN, "": BLANK,
+}  # fmt: skip
+"""How label tables of the CheXpert family write an entry."""
+
+
+class Csv(NamedTuple):
+    """A table as it was read."""
+
+    uri: str
+    rows: pa.Table
+    """The columns that were asked for, all of them text; an empty cell is ""."""
+    digest: str
+    """Hexadecimal SHA-256 of the file."""
+
+
+class LeftOut(NamedTuple):
+    """Rows that do not enter the source table, and why."""
+
+    mask: NDArray[np.bool_]
+    """[N], true where the reason holds."""
+    reason: str
+    detail: str
+
+
+def find(root: str, names: Sequence[str], what: str) -> str:
+    """URI of the first of `names` that lies in `root`.
+
+    Raises:
+        MissingError: none does; `what` names the table in the message.
+    """
+    for name in names:
+        uri = storage.join(root, name)
+        if storage.exists(uri):
+            return uri
+    raise MissingError(f"{root} holds no {what}; expected {' or '.join(names)}")
+
+
+def read(uri: str, columns: Sequence[str], optional: Sequence[str] = (), filled: Sequence[str] = ()) -> Csv:
+    """Reads `columns`, and those of `optional` that are there, by name and as text; `.gz` is unpacked.
+
+    Raises:
+        UserError: missing columns (named, with what was found), an unreadable file, no rows, an empty cell in a column
+            of `filled`.
+    """
+    content = storage.read_bytes(uri)
+    stream: pa.NativeFile = pa.BufferReader(content)
+    if storage.name(uri).endswith(".gz"):
+        stream = pa.CompressedInputStream(stream, "gzip")
+    try:
+        raw = stream.read()
+        header = pa.csv.open_csv(pa.BufferReader(raw)).schema.names
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise UserError(f"{uri} lacks the column(s) {', '.join(missing)}; its header has {', '.join(header)}")
+        wanted = [name for name in dict.fromkeys((*columns, *optional)) if name in header]
+        convert = pa.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()))
+        rows = pa.csv.read_csv(pa.BufferReader(raw), convert_options=convert)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{uri} is not a readable table: {' '.join(str(error).split())[:200]}") from None
+    if not len(rows):
+        raise UserError(f"{uri} has a header but no rows; give the whole table")
+    for name in filled:
+        blank = pc.index(pc.equal(pc.utf8_trim_whitespace(rows[name]), ""), True).as_py()
+        if blank >= 0:
+            raise UserError(f"{uri}, row {blank + 2}: {name} is empty; mend the table")
+    return Csv(uri, rows, hashlib.sha256(content).hexdigest())
+
+
+def codes(table: Csv, findings: Sequence[str]) -> NDArray[np.int8]:
+    """Label codes [N, K] of the columns `findings`, as `CODES` reads them.
+
+    Raises:
+        UserError: an entry that is none of them, with its row.
+    """
+    columns = []
+    for name in findings:
+        column = mapped(table.rows[name], lambda text: CODES.get(text.strip()), pa.int8())
+        if column.null_count:
+            row = pc.index(pc.is_null(column), True).as_py()
+            entry = table.rows[name][row].as_py()
+            raise UserError(f"{table.uri}, row {row + 2}: {name} is {entry!r}; labels are 1, 0, -1 or empty")
+        columns.append(column.to_numpy())
+    return np.stack(columns, axis=1)
+
+
+def mapped(
+    column: pa.Array | pa.ChunkedArray, function: Callable[[str], Any], kind: pa.DataType | None = None
+) -> pa.Array:
+    """`function` of every distinct text of a column, spread over its rows; text, unless `kind` says otherwise."""
+    encoded = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).dictionary_encode()
+    values = pa.array([function(text) for text in encoded.dictionary.to_pylist()], kind or pa.string())
+    return values.take(encoded.indices)
+
+
+def age_band(age: str) -> str | None:
+    """Twenty years of age ("40-59"); NIH's older table writes 058Y. Ages above 120 are typing errors: None."""
+    digits = age.rstrip("YMD").lstrip("0") or "0"
+    if not digits.isdigit() or int(digits) > 120:
+        return None
+    years = int(digits) if not age.endswith(("M", "D")) else 0
+    return f"{years // 20 * 20}-{years // 20 * 20 + 19}"
+
+
+def below(root: str, paths: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """URIs of relative paths, as `storage.join` would make them one by one."""
+    start, mark, options = root.partition("?") if storage.is_remote(root) else (root, "", "")
+    if isinstance(paths, pa.ChunkedArray):
+        paths = paths.combine_chunks()
+    return pc.binary_join_element_wise(start.rstrip("/"), "/", paths, mark + options, "")
+
+
+def files(folders: Sequence[str], suffixes: Sequence[str]) -> pa.Array:
+    """URIs of all files below the folders, by one listing each; a folder that does not exist holds none."""
+    found: list[str] = []
+    for folder in folders:
+        try:
+            found += storage.list_files(folder, suffixes)
+        except MissingError:
+            continue
+    return pa.array(found, pa.string())
+
+
+def sift(
+    uris: pa.Array, found: pa.Array, table: str, layout: str, left_out: Sequence[LeftOut] = ()
+) -> tuple[pa.Array, pa.Table]:
+    """Which rows of a table stay, and the quarantine of the others, each under the first reason that holds.
+
+    After `left_out` come rows whose image was not found, as `missing`; last, images that no row names, as `unlisted`.
+
+    Args:
+        uris: where the image of each row lies or should lie, [N].
+        found: the images that are there.
+        table: name of the table, for the details.
+        layout: where images are expected, for the error.
+        left_out: reasons of the source's own, most important first.
+
+    Raises:
+        UserError: no row that should stay has an image.
+    """
+    there = np.asarray(pc.is_in(uris, value_set=found))
+    absent = LeftOut(~there, "missing", f"row of {table} without an image file")
+    stays = np.ones(len(uris), dtype=np.bool_)
+    parts = []
+    for fault in (*left_out, absent):
+        parts.append(quarantine(uris.filter(pa.array(stays & fault.mask)), fault.reason, fault.detail))
+        stays &= ~fault.mask
+    if not stays.any():
+        reasons = ", ".join(f"{part['reason'][0].as_py()} {len(part)}" for part in parts if len(part))
+        raise UserError(f"no image of {table} lies under {layout}; all rows are left out ({reasons})")
+    unlisted = found.filter(pc.invert(pc.is_in(found, value_set=uris)))
+    parts.append(quarantine(unlisted, "unlisted", f"image file without a row in {table}"))
+    return pa.array(stays), pa.concat_tables(parts)
+
+
+def quarantine(sources: pa.Array, reason: str, detail: str | pa.Array) -> pa.Table:
+    """Entries of a quarantine table, all for one reason."""
+    size = len(sources)
+    details = pa.repeat(detail, size) if isinstance(detail, str) else detail
+    return pa.table([sources, pa.repeat(reason, size), details], schema=QUARANTINE_SCHEMA)
