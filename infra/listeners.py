@@ -1,4 +1,4 @@
-"""Runs and searches on the screen: `pipeline.train.Listener` and `tuning.search.SearchListener` for people."""
+"""Runs and searches on the screen: `pipeline.train.Listener` and `tuning.follow.SearchListener` for people."""
 
 from typing import Any
 

@@ -12,6 +12,7 @@ from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.versions import git_commit, versions
+from tuning.follow import name_of, settings_of
 from tuning.record import RunRecord, Status, epoch_metrics, without_places
 from tuning.tracking import TrackedRun, Tracker
 
@@ -142,7 +143,7 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
     Args:
         tracker: where to.
         parent: run of the search.
-        trials: folder that holds one folder a trial, named by its id, with metrics.jsonl.
+        trials: folder that holds one folder a trial, named by its name or id, with metrics.jsonl.
         tags: of every trial.
         step: key of a result that counts epochs; Tune's own iteration restarts after a restore.
     """
@@ -168,11 +169,11 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
         """Opens the trial's run, or the one it had before a restore."""
         if trial.trial_id in self._runs:
             return
-        sampled = {key: value for key, value in trial.config.items() if "." in key}  # spaces address dotted paths
+        sampled = {key: value for key, value in settings_of(trial).items() if "." in key}  # spaces address dotted paths
         self._runs[trial.trial_id] = open_run(
             self.tracker,
             self._folder(trial),
-            trial.trial_id,
+            name_of(trial),
             config=sampled,
             tags={"trial_id": trial.trial_id, **self.tags},
             key=f"{self.parent.record.key}/{trial.trial_id}",
@@ -193,4 +194,4 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
 
     def _folder(self, trial: Trial) -> str:
         """Where the trial writes its metrics."""
-        return storage.join(self.trials, str(trial.trial_id))
+        return storage.join(self.trials, name_of(trial))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import tune
@@ -18,56 +18,12 @@ from pipeline.config import RunConfig
 from pipeline.record import claim
 from pipeline.scoring import require_validation
 from tuning.config import SearchConfig
+from tuning.follow import Follow, SearchListener, followed, name_of
 from tuning.outcome import TRIALS, SearchResult, conclude, identity
 from tuning.space import Space
 from tuning.trial import run_trial
 
 STATE = "tune"
-
-
-class SearchListener(Protocol):
-    """Someone who follows a search from the driver."""
-
-    def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None:
-        """A trial begins, or goes on after a resume."""
-        ...
-
-    def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None:
-        """A trial finished an epoch."""
-        ...
-
-    def on_trial_end(self, trial_id: str, status: str) -> None:
-        """`finished`, `stopped` (early, by the scheduler) or `failed`."""
-        ...
-
-
-_listeners: list[SearchListener] = []  # of this process's search: Tune pickles callbacks, displays are not picklable
-
-
-class _Follow(Callback):  # type: ignore[misc]
-    """Tells the listeners of this process what happens."""
-
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for listener in _listeners:
-            listener.on_trial_start(trial.trial_id, trial.config)
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        for listener in _listeners:
-            listener.on_trial_epoch(trial.trial_id, result)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        done = trial.last_result.get("epoch", 0) >= self.epochs
-        for listener in _listeners:
-            listener.on_trial_end(trial.trial_id, "finished" if done else "stopped")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for listener in _listeners:
-            listener.on_trial_end(trial.trial_id, "failed")
 
 
 def search(
@@ -103,18 +59,20 @@ def search(
     runtime.start(dashboard=run.train.num_workers > 1)
     claim(out, identity(run, config, space, card), resume=resume)
     concurrent = concurrency(run, config, ray.cluster_resources())
-    _listeners[:] = listeners
     trainable = tune.with_resources(
         partial(run_trial, base=run.model_dump(mode="json"), data=data, out=storage.join(out, TRIALS)),
         trial_resources(run),
     )
-    tuner = _restored(trainable, space, out) if resume else None
+    tuner = restored(trainable, space.param_space(), out) if resume else None
     if tuner is None:
-        tuner = _fresh(trainable, run, config, space, out, concurrent, callbacks)
-    try:
+        # the best ones and the latest; more than one, because after a kill Tune's state may name an older one
+        kept = tune.CheckpointConfig(
+            num_to_keep=3, checkpoint_score_attribute=config.metric, checkpoint_score_order=config.mode
+        )
+        following = [Follow(run.train.epochs), *callbacks]
+        tuner = fresh(trainable, space.param_space(), out, _tune_config(run, config, concurrent), kept, following)
+    with followed(listeners):
         grid = tuner.fit()
-    finally:
-        _listeners.clear()
     return conclude(grid, run, config, space, card, out)
 
 
@@ -145,51 +103,51 @@ def concurrency(run: RunConfig, config: SearchConfig, resources: dict[str, float
     return min(fits, config.max_concurrent or fits)
 
 
-def _fresh(
+def _tune_config(run: RunConfig, config: SearchConfig, concurrent: int) -> tune.TuneConfig:
+    return tune.TuneConfig(
+        metric=config.metric,
+        mode=config.mode,
+        search_alg=_searcher(config, concurrent),
+        scheduler=_scheduler(config, run.train.epochs),
+        num_samples=config.max_trials,
+        max_concurrent_trials=concurrent,
+        time_budget_s=config.max_hours * 3600 if config.max_hours else None,
+        reuse_actors=run.train.num_workers == 1,
+        trial_dirname_creator=name_of,
+    )
+
+
+def fresh(
     trainable: Any,
-    run: RunConfig,
-    config: SearchConfig,
-    space: Space,
+    param_space: dict[str, Any],
     out: str,
-    concurrent: int,
+    config: tune.TuneConfig,
+    checkpoints: tune.CheckpointConfig,
     callbacks: Sequence[Callback],
 ) -> tune.Tuner:
+    """A tuner whose state lies in `out`, silent but for its callbacks."""
     filesystem, path = storage.resolve(out)
     return tune.Tuner(
         trainable,
-        param_space=space.param_space(),
-        tune_config=tune.TuneConfig(
-            metric=config.metric,
-            mode=config.mode,
-            search_alg=_searcher(config, concurrent),
-            scheduler=_scheduler(config, run.train.epochs),
-            num_samples=config.max_trials,
-            max_concurrent_trials=concurrent,
-            time_budget_s=config.max_hours * 3600 if config.max_hours else None,
-            reuse_actors=run.train.num_workers == 1,
-            trial_dirname_creator=_folder,
-        ),
+        param_space=param_space,
+        tune_config=config,
         run_config=tune.RunConfig(
             name=STATE,
             storage_path=path,
             storage_filesystem=filesystem if storage.is_remote(out) else None,
-            # the best ones and the latest; more than one, because after a kill Tune's state may name an older one
-            checkpoint_config=tune.CheckpointConfig(
-                num_to_keep=3, checkpoint_score_attribute=config.metric, checkpoint_score_order=config.mode
-            ),
-            callbacks=[_Follow(run.train.epochs), *callbacks],
+            checkpoint_config=checkpoints,
+            callbacks=list(callbacks),
             verbose=0,
         ),
     )
 
 
-def _folder(trial: Any) -> str:
-    """A trial's folder carries its id, in Tune's state as in trials/."""
-    return str(trial.trial_id)
+def restored(trainable: Any, param_space: dict[str, Any], out: str) -> tune.Tuner | None:
+    """The search that lies in `out`; None where it was killed before Tune had written anything.
 
-
-def _restored(trainable: Any, space: Space, out: str) -> tune.Tuner | None:
-    """The search that lies in `out`; None where it was killed before Tune had written anything."""
+    Raises:
+        MissingError: nothing lies there.
+    """
     filesystem, path = storage.resolve(storage.join(out, STATE))
     if not storage.exists(storage.join(out, STATE)):
         raise MissingError(f"--out {out} holds no search to resume; start it without --resume")
@@ -201,7 +159,7 @@ def _restored(trainable: Any, space: Space, out: str) -> tune.Tuner | None:
         trainable,
         resume_unfinished=True,
         restart_errored=True,
-        param_space=space.param_space(),
+        param_space=param_space,
         storage_filesystem=remote,
     )
 

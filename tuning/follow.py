@@ -1,0 +1,81 @@
+"""Who follows a search from the driver, and how Ray Tune tells them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from ray.tune import Callback
+
+
+class SearchListener(Protocol):
+    """Someone who follows a search from the driver."""
+
+    def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None:
+        """A trial begins, or goes on after a resume."""
+        ...
+
+    def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None:
+        """A trial finished an epoch."""
+        ...
+
+    def on_trial_end(self, trial_id: str, status: str) -> None:
+        """`finished`, `stopped` (early, by the scheduler) or `failed`."""
+        ...
+
+
+_listeners: list[SearchListener] = []  # of this process's search: Tune pickles callbacks, displays are not picklable
+
+
+@contextmanager
+def followed(listeners: Sequence[SearchListener]) -> Iterator[None]:
+    """While it lasts, `Follow` tells these listeners."""
+    _listeners[:] = listeners
+    try:
+        yield
+    finally:
+        _listeners.clear()
+
+
+CELL = "cell"
+"""Key of a trial that is one point of a grid: its value holds the name and all settings."""
+
+
+def settings_of(trial: Any) -> dict[str, Any]:
+    """What a trial of Ray Tune tries."""
+    settings: dict[str, Any] = trial.config.get(CELL, trial.config)
+    return settings
+
+
+def name_of(trial: Any) -> str:
+    """What a trial of Ray Tune is called: the name in its settings, or its id."""
+    return str(settings_of(trial).get("name", trial.trial_id))
+
+
+class Follow(Callback):  # type: ignore[misc]
+    """Tells the listeners of this process what happens."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial begins."""
+        for listener in _listeners:
+            listener.on_trial_start(name_of(trial), settings_of(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial reports."""
+        for listener in _listeners:
+            listener.on_trial_epoch(name_of(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has run to its end, or was stopped."""
+        done = trial.last_result.get("epoch", 0) >= self.epochs
+        for listener in _listeners:
+            listener.on_trial_end(name_of(trial), "finished" if done else "stopped")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial failed."""
+        for listener in _listeners:
+            listener.on_trial_end(name_of(trial), "failed")
