@@ -39,6 +39,8 @@ def build_sup_loss(config: MethodConfig) -> SupLoss:
     """The supervised loss that `config.loss.sup` names."""
     if config.loss.sup == "wan":
         return losses.weak_assume_negative
+    if config.loss.sup == "em":
+        return partial(losses.entropy_maximization, alpha=config.baseline.em_alpha)
     if config.loss.sup == "an_ls":
         return partial(losses.assume_negative_smoothed, smoothing=config.loss.label_smoothing)
     return losses.assume_negative

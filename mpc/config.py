@@ -137,8 +137,9 @@ class ViewsConfig(Config):
 class LossConfig(Config):
     """The supervised loss and the weights of the three consistency terms (docs/method.md, section 4.2)."""
 
-    sup: Literal["an", "wan", "an_ls"] = "an"
-    """Loss on the weak view: assume negative, weak assume negative, or assume negative with label smoothing."""
+    sup: Literal["an", "wan", "an_ls", "em"] = "an"
+    """Loss on the weak view: assume negative, weak assume negative, assume negative with label smoothing, or, ours,
+    entropy maximisation with `baseline.em_alpha`."""
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1
     """Smoothing c of `an_ls`: targets c and 1 - c."""
     lambda_ipc: NonNegative = 1.0

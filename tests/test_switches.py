@@ -9,7 +9,7 @@ from torch import Tensor
 from mpc.build import build_mpc
 from mpc.config import MethodConfig
 from mpc.errors import UserError
-from mpc.losses import assume_negative, bce
+from mpc.losses import assume_negative, bce, entropy_maximization
 from mpc.method import Batch, Progress
 from mpc.model import Classifier, MapDropout, build, last_stage_input
 from mpc.pseudo import threshold
@@ -114,3 +114,12 @@ def test_a_lambda_of_zero_skips_its_branch() -> None:
     for name in ("ipc", "fpc", "btc"):
         left = terms(model, batch(), loss={f"lambda_{name}": 0})
         assert left.keys() == {"sup", "ipc", "fpc", "btc"} - {name}
+
+
+def test_entropy_maximisation_is_a_choice_of_the_supervised_loss() -> None:
+    model, data = network(), batch()
+    only = {"lambda_ipc": 0, "lambda_fpc": 0, "lambda_btc": 0}
+    mine = terms(model, data, loss={"sup": "em", **only}, baseline={"em_alpha": 0.3})["sup"]
+    assert mine == pytest.approx(
+        entropy_maximization(model(data.weak), data.observed, alpha=0.3).mean().item(), rel=1e-6
+    )
