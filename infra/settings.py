@@ -45,10 +45,10 @@ def run_config(settings: Settings) -> RunConfig:
     return RunConfig(**{name: getattr(settings, name) for name in RunConfig.model_fields})
 
 
-def presets() -> dict[str, str]:
-    """Names of the presets with the comment in the first line of each."""
+def presets(folder: str = "presets") -> dict[str, str]:
+    """Names of the presets, or of the protocols, with the comment in the first line of each."""
     found = {}
-    for entry in sorted(files("infra").joinpath("presets").iterdir(), key=lambda item: item.name):
+    for entry in sorted(files("infra").joinpath(folder).iterdir(), key=lambda item: item.name):
         if entry.name.endswith(".yaml"):
             first = entry.read_text(encoding="utf-8").partition("\n")[0]
             found[entry.name.removesuffix(".yaml")] = first.removeprefix("#").strip()
@@ -57,7 +57,19 @@ def presets() -> dict[str, str]:
 
 def read(config: str) -> dict[str, Any]:
     """The tree of a preset or of a file, its keys checked."""
-    text = _text(config)
+    tree = tree_of(config)
+    for path in flat(tree):
+        check_path(Settings, path, config)
+    return tree
+
+
+def tree_of(config: str, folder: str = "presets") -> dict[str, Any]:
+    """The mapping in a YAML file, or in a shipped one of `folder` by its name; its keys are not looked at.
+
+    Raises:
+        UserError: no such file, no YAML, no mapping.
+    """
+    text = _text(config, folder)
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -68,8 +80,6 @@ def read(config: str) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{config}: holds no mapping; write sections such as `loss:` with keys below them")
-    for path in flat(tree):
-        check_path(Settings, path, config)
     return tree
 
 
@@ -84,13 +94,14 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {text}: the value is not valid YAML; quote strings with special characters") from error
 
 
-def _text(config: str) -> str:
-    names = presets()
+def _text(config: str, folder: str) -> str:
+    names = presets(folder)
     if config in names:
-        return files("infra").joinpath("presets", f"{config}.yaml").read_text(encoding="utf-8")
+        return files("infra").joinpath(folder, f"{config}.yaml").read_text(encoding="utf-8")
     path = Path(config)
     if not path.is_file():
         raise MissingError(
-            f"--config {config}: is neither a preset ({', '.join(names)}) nor a file; see `mpc-cxr config presets`"
+            f"--config {config}: is neither one of the {folder} ({', '.join(names)}) nor a file; "
+            f"see `mpc-cxr config presets`"
         )
     return path.read_text(encoding="utf-8")

@@ -86,6 +86,11 @@ def validate(model: type[M], tree: Mapping[str, Any], where: str) -> M:
     """
     for path in flat(tree):
         check_path(model, path, where)
+    return parsed(model, tree, where)
+
+
+def parsed(model: type[M], tree: Mapping[str, Any], where: str) -> M:
+    """As `validate`, for models some of whose keys are the user's own names: no nearest key is suggested."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:

@@ -47,7 +47,7 @@ def nih(tmp_path: Path) -> Path:
     [
         ("config show --set loss.lambda_icp=1", ["unknown key loss.lambda_icp", "did you mean loss.lambda_ipc?"]),
         ("config show --set loss.lambda_ipc=-1", ["loss.lambda_ipc = -1", "greater than or equal to 0"]),
-        ("config show --config mcp", ["--config mcp", "neither a preset", "mpc-cxr config presets"]),
+        ("config show --config mcp", ["--config mcp", "neither one of the presets", "mpc-cxr config presets"]),
         ("prepare --source nih --out {tmp}/out", ["nih", "needs --root"]),
         ("prepare --source nih --root {tmp}/nowhere --out {tmp}/out", ["{tmp}/nowhere", "table"]),
         ("check --data {tmp}/nowhere", ["{tmp}/nowhere", "mpc-cxr prepare"]),

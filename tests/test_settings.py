@@ -69,7 +69,7 @@ def test_run_config_leaves_the_other_sections_out() -> None:
         ("loss={sub: an}", "unknown key loss.sub in --set; did you mean loss.sup"),
         ("loss.lambda_ipc=-1", r"--set: loss\.lambda_ipc = -1: must be greater than or equal to 0"),
         ("pseudo.tau_pos=1.5", r"--set: pseudo\.tau_pos = 1\.5: must be less than 1"),
-        ("loss.sup=bce", r"loss\.sup = 'bce': must be 'an', 'wan' or 'an_ls'"),
+        ("loss.sup=bce", r"loss\.sup = 'bce': must be 'an', 'wan', 'an_ls' or 'em'"),
         ("pseudo.tau_neg=0.8", r"pseudo: tau_neg 0\.8 lies above tau_pos 0\.6; keep tau_neg <= tau_pos"),
         ("train.epochs=many", r"train\.epochs = 'many': must be a valid integer"),
         ("optim.lr=.nan", r"optim\.lr = nan: must be"),
@@ -94,7 +94,7 @@ def test_files_are_named(tmp_path: Path) -> None:
     file.write_text("- loss\n")
     with pytest.raises(UserError, match="holds no mapping"):
         load(str(file))
-    with pytest.raises(UserError, match=r"neither a preset .*demo.* nor a file"):
+    with pytest.raises(UserError, match=r"neither one of the presets .*demo.* nor a file"):
         load("dmeo")
 
 

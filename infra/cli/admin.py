@@ -57,6 +57,7 @@ def schema() -> None:
 
 
 def list_presets() -> None:
-    """Lists the presets that --config takes."""
+    """Lists the presets that --config takes, and the protocols that --config of benchmark takes."""
     table("", ["preset", "what it is"], presets().items())
+    table("", ["protocol of benchmark", "what it is"], presets("protocols").items())
     console().print("See one in full: mpc-cxr config show --config NAME", markup=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import typer
 
-from infra.cli import admin, data, models, quickstart, training
+from infra.cli import admin, comparing, data, models, quickstart, training
 from infra.console import fault
 from mpc.errors import UserError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for room in (quickstart, data, training, models, admin):
+for room in (quickstart, data, training, comparing, models, admin):
     room.add_to(app)
 
 
@@ -46,7 +46,7 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         return report(error, verbose="-v" in arguments)
     if code == INTERRUPTED:  # Typer makes it of a KeyboardInterrupt
-        fault("interrupted", "stopped by Ctrl-C; --resume continues prepare, train, tune and demo")
+        fault("interrupted", "stopped by Ctrl-C; --resume continues prepare, train, tune, benchmark and demo")
     return code if isinstance(code, int) else OK
 
 

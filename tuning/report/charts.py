@@ -63,7 +63,7 @@ def roc_and_pr(name: str, probabilities: Array, labels: Array, point: tuple[floa
         left.plot([1 - point[1]], [point[0]], color=INK, **marker)
         right.plot([point[0]], [point[2]], color=INK, **marker)
     for axes, title, x in ((left, "ROC", "1 - specificity"), (right, "precision-recall", "sensitivity (recall)")):
-        _style(axes)
+        style(axes)
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         axes.set_xticklabels(("0", ".5", "1"))
         axes.set_yticklabels(("0", ".5", "1"))
@@ -71,7 +71,7 @@ def roc_and_pr(name: str, probabilities: Array, labels: Array, point: tuple[floa
         axes.set_title(title, fontsize=8, color=INK, loc="left", pad=4)
     left.set_ylabel("sensitivity", labelpad=1)
     right.set_ylabel("precision", labelpad=1)
-    return Chart(_svg(figure), f"ROC and precision-recall curves of {name}")
+    return Chart(svg(figure), f"ROC and precision-recall curves of {name}")
 
 
 def over_epochs(
@@ -109,17 +109,18 @@ def over_epochs(
         )
         if line.end:
             axes.plot(line.epochs[-1:], line.values[-1:], color=line.colour, marker=line.end, ms=5, mew=1.6, zorder=5)
-    _style(axes)
+    style(axes)
     axes.set_ylim(*limits)
     last = max([1.0, *(max(line.epochs, default=1.0) for line in lines)])
     axes.set_xlim(0.5 if last < 2 else 1 - 0.02 * last, last + 0.03 * last)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlabel("epoch", labelpad=1)
-    return Chart(_svg(figure), alt)
+    return Chart(svg(figure), alt)
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """The look of all charts: thin grey axes on two sides, a faint grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -137,7 +138,8 @@ def _thinned(x: Array, y: Array) -> tuple[Array, Array]:
     return x[keep], y[keep]
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The figure as a `data:` URI; the same bytes for the same numbers."""
     FigureCanvasSVG(figure)
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "mpc-cxr", "svg.fonttype": "path", "path.simplify": True}):

@@ -1,0 +1,111 @@
+"""The cells of a stage as a grid on Ray Tune: in parallel on any cluster, continued where a killed run stopped."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import ray
+from pyarrow import fs
+from ray import tune
+from ray.tune import Callback
+from ray.tune.search import BasicVariantGenerator
+
+from mpc.errors import UserError
+from pipeline import storage
+from pipeline.config import RunConfig
+from tuning.benchmark.cells import Cell, run_cell
+from tuning.config import SearchConfig
+from tuning.follow import CELL, Follow, SearchListener, followed, name_of
+from tuning.search import STATE, concurrency, fresh, restored, trial_resources
+
+CELLS = "cells"
+
+
+class _Sweep(Callback):  # type: ignore[misc]
+    """Deletes the checkpoints of a cell that is done: a grid of hundreds would fill a disk.
+
+    Args:
+        state: URI of Tune's own folder.
+    """
+
+    def __init__(self, state: str) -> None:
+        self.state = state
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        filesystem, path = storage.resolve(storage.join(self.state, name_of(trial)))
+        for entry in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+            if entry.base_name.startswith("checkpoint_"):
+                filesystem.delete_dir(entry.path)
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    methods: Mapping[str, RunConfig],
+    out: str,
+    *,
+    metric: str,
+    test: bool,
+    concurrent: int | None = None,
+    listeners: Sequence[SearchListener] = (),
+    callbacks: Sequence[Callback] = (),
+) -> dict[str, str]:
+    """Runs every cell that is not done yet; each leaves `cells/NAME/metrics.jsonl` and, with `test`, its scores.
+
+    Args:
+        cells: of one stage.
+        methods: configuration of every method.
+        out: folder or s3:// prefix of the stage. Ray Tune keeps a pickle there: trust it as code.
+        metric: validation metric that chooses the epoch.
+        test: whether cells score the test split.
+        concurrent: cells at a time; None takes what the cluster carries.
+        listeners: who follows, from this process.
+        callbacks: Tune callbacks, such as the one that logs to MLflow.
+
+    Returns:
+        Name and reason of every cell that failed.
+    """
+    out = storage.absolute(out)
+    first = next(iter(methods.values()))
+    trainable = tune.with_resources(
+        partial(
+            run_cell,
+            methods={name: run.model_dump(mode="json") for name, run in methods.items()},
+            out=storage.join(out, CELLS),
+            metric=metric,
+            test=test,
+        ),
+        trial_resources(first),
+    )
+    param_space = {CELL: tune.grid_search([cell.params() for cell in cells])}
+    limit = concurrency(first, SearchConfig(max_concurrent=concurrent, cpus_for_data=first.data.task_cpus), _cluster())
+    tuner = restored(trainable, param_space, out) if storage.exists(storage.join(out, STATE)) else None
+    if tuner is None:
+        config = tune.TuneConfig(
+            search_alg=BasicVariantGenerator(max_concurrent=limit),
+            max_concurrent_trials=limit,
+            reuse_actors=True,
+            trial_dirname_creator=name_of,
+        )
+        following = [Follow(first.train.epochs), _Sweep(storage.join(out, STATE)), *callbacks]
+        tuner = fresh(trainable, param_space, out, config, tune.CheckpointConfig(num_to_keep=2), following)
+    with followed(listeners):
+        results = tuner.fit()
+    return {str(r.config[CELL]["name"]): str(r.error).strip().splitlines()[-1][:300] for r in results if r.error}
+
+
+def _cluster() -> dict[str, float]:
+    found: dict[str, float] = ray.cluster_resources()
+    return found
+
+
+def require_one_worker(methods: Mapping[str, RunConfig]) -> None:
+    """Refuses cells of several workers: the grid is what runs in parallel.
+
+    Raises:
+        UserError: a method asks for more than one.
+    """
+    for name, run in methods.items():
+        if run.train.num_workers > 1:
+            raise UserError(
+                f"methods.{name}: train.num_workers is {run.train.num_workers}; cells train on one, set it to 1"
+            )
