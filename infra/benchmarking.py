@@ -9,6 +9,7 @@ from infra import settings
 from infra.console import Display
 from infra.listeners import TrialLines
 from infra.tracking import tracking_uri
+from mpc.errors import MissingError
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.dotted import merge, nested, parsed, validate
@@ -49,7 +50,13 @@ def _method(protocol: Protocol, name: str, where: str) -> RunConfig:
     entry = protocol.methods[name]
     tree = settings.read(entry.preset) if entry.preset else {}
     tree = {section: values for section, values in tree.items() if section in RunConfig.model_fields}
-    return validate(RunConfig, merge(merge(tree, protocol.run), entry.run), f"{where}: methods.{name}")
+    run = validate(RunConfig, merge(merge(tree, protocol.run), entry.run), f"{where}: methods.{name}")
+    if run.model.weights in ("none", "imagenet"):
+        return run
+    weights = storage.absolute(run.model.weights)  # cells train in other processes, from other folders
+    if not storage.exists(weights):
+        raise MissingError(f"model.weights {run.model.weights}: no such file; set run.model.weights to its place")
+    return run.model_copy(update={"model": run.model.model_copy(update={"weights": weights})})
 
 
 def run(
