@@ -59,7 +59,7 @@ def test_a_space_is_read_as_it_is_written(tmp_path: Path) -> None:
     run = spaces.apply(BASE, drawn[0], "trial")
     assert run.optim.lr == drawn[0]["optim.lr"]
     assert run.train == BASE.train
-    for shipped in ("demo", "mpc"):
+    for shipped in ("demo", "mpc", "mpc-abstract"):
         assert spaces.load(shipped, RunConfig()).dimensions
 
 
