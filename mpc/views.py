@@ -14,16 +14,11 @@ from numpy.typing import NDArray
 
 from mpc.config import RedConfig, StrongConfig, ViewsConfig, WeakConfig
 from mpc.red import displacement
+from mpc.strengths import BLUR_SIGMA, BRIGHTNESS, CONTRAST, FILL, REFERENCE_SIDE, ROTATE, SHARPNESS, SHEAR, TRANSLATE
 
 Image = NDArray[np.uint8]
 
 BORDER = cv2.BORDER_REFLECT_101  # a constant image stays constant under every warp
-FILL = 114  # grey of an erased rectangle: 0.449 * 255, the mean that the network subtracts
-REFERENCE_SIDE = 224  # pixels; blur widths are given at this side
-# largest strengths at magnitude 1
-ROTATE, SHEAR, TRANSLATE = 15.0, 0.1, 0.1  # degrees; tangent of the angle; fraction of the side
-BRIGHTNESS, CONTRAST, SHARPNESS = 0.3, 0.3, 0.2  # factor 1 +- value twice; share of a Laplacian that is added
-BLUR_SIGMA = (0.1, 2.0)  # pixels at the reference side
 
 
 class TwoViews:
