@@ -125,7 +125,11 @@ class StrongConfig(Config):
 
 
 class ViewsConfig(Config):
-    """Both augmented views of an image."""
+    """The augmented views of an image."""
+
+    place: Literal["auto", "stream", "device"] = "auto"
+    """Where views are made: in the reading tasks on CPUs, on the network's device, a batch at a time, or, `auto`, on
+    the device where that is a GPU. Both draw from the same laws, not the same numbers."""
 
     hflip: Share = 0.0
     """Probability of a horizontal flip. A flip mirrors the heart, hence 0; 0.5 is an ablation."""

@@ -29,7 +29,7 @@ from pipeline.config import RunConfig
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
 from pipeline.scoring import Scored, score_rows, validation_metrics
-from pipeline.setup import Timed, make_model, make_optimizer, to_device
+from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, to_device
 from pipeline.stream import TrainingData, batches
 from pipeline.versions import git_commit, versions
 
@@ -94,6 +94,7 @@ class Loop:
         self.method.setup(self.plan.num_rows, len(card.findings))
         if isinstance(self.method, nn.Module):
             self.method.to(host.device)
+        self.views = make_views(run, card, host.device, strong=self.method.needs_strong)
         step_module = _Step(self.model, self.method)
         self.step_module = DistributedDataParallel(step_module) if host.world_size > 1 else step_module
         self.optimizer = make_optimizer(run, self.method.param_groups(self.model, run.optim.lr))
@@ -135,6 +136,7 @@ class Loop:
             self.card,
             run.views,
             strong=self.method.needs_strong,
+            augment=self.views is None,
             seed=run.train.seed,
             draw_seed=run.data.draw_seed,
             tasks=run.data.tasks,
@@ -149,9 +151,10 @@ class Loop:
 
     def train_step(self, batch: Batch) -> None:
         """Forward, backward, clip, optimiser, schedule, average."""
-        seed = f"{self.run.train.seed}:{self.step}:{self.host.rank}"
-        torch.manual_seed(int.from_bytes(blake2b(seed.encode(), digest_size=7).digest(), "big"))
+        torch.manual_seed(self._seed())
         self.model.train()
+        if self.views is not None:
+            batch = augmented(batch, self.views, self._seed("views"))
         progress = Progress(self.step, self.plan.steps_per_epoch, self.run.train.epochs)
         loss, output = self.step_module(batch, progress)
         self._refuse_nan(loss, batch)
@@ -166,6 +169,11 @@ class Loop:
         self.step += 1
         self.ema.update(self.model, step=self.step)
         self.meter.add(output)
+
+    def _seed(self, what: str = "") -> int:
+        """Of this step on this rank."""
+        text = f"{self.run.train.seed}:{self.step}:{self.host.rank}{what}"
+        return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
 
     def _refuse_nan(self, loss: Tensor, batch: Batch) -> None:
         """Stops at a loss that is not finite. On a GPU only steps that log look, because looking synchronises."""

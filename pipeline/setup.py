@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpc.build import build_model
+from mpc.device_views import DeviceViews
 from mpc.method import Batch
 from mpc.model import Classifier
 from mpc.weights import read_tensors
@@ -42,6 +43,20 @@ def make_model(run: RunConfig, card: DatasetCard) -> Classifier:
     if weights not in ("none", "imagenet"):
         tensors = read_tensors(storage.read_bytes(weights), weights)
     return build_model(run, len(card.findings), card.pixels, tensors=tensors, amp=run.train.amp)
+
+
+def make_views(run: RunConfig, card: DatasetCard, device: torch.device, *, strong: bool) -> DeviceViews | None:
+    """Views on the device where `views.place` puts them there; None where the stream makes them."""
+    place = run.views.place
+    if place == "stream" or (place == "auto" and device.type == "cpu"):
+        return None
+    return DeviceViews(run.views, card.image_size, run.views.strong.count if strong else 0)
+
+
+def augmented(batch: Batch, views: DeviceViews, seed: int) -> Batch:
+    """A batch of stored images as views, drawn from `seed`."""
+    weak, strong = views(batch.weak, torch.Generator(batch.weak.device).manual_seed(seed))
+    return batch._replace(weak=weak, strong=strong)
 
 
 def make_optimizer(run: RunConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -56,6 +56,7 @@ class TrainingData:
         card: its dataset card.
         views: strengths of both views.
         strong: whether strong views are made at all.
+        augment: whether views are made here; else `weak` holds the stored images, for views on the device.
         seed: of the augmentation.
         draw_seed: of the observed positive.
         tasks: reading tasks at work at a time.
@@ -66,6 +67,7 @@ class TrainingData:
     card: DatasetCard
     views: ViewsConfig
     strong: bool = True
+    augment: bool = True
     seed: int = 0
     draw_seed: int = 0
     tasks: int = 2
@@ -116,7 +118,9 @@ class SpanReader:
     def _augmented(self, rows: pa.Table, epoch: int, two_views: TwoViews) -> pa.Table:
         numbers = rows["row"].to_numpy()
         images = images_of(rows["image"], self.data.card.image_size)
-        views = [two_views(image, self._seed(epoch, row)) for image, row in zip(images, numbers, strict=True)]
+        views: list[tuple[NDArray[np.uint8], ...]] = [(image,) for image in images]
+        if self.data.augment:
+            views = [two_views(image, self._seed(epoch, row)) for image, row in zip(images, numbers, strict=True)]
         labels, known = matrix(rows["labels"]), matrix(rows["known"])
         columns = {
             "row": numbers,
@@ -125,7 +129,7 @@ class SpanReader:
             "labels": list_column(labels),
             "known": list_column(known),
         }
-        if self.data.strong:
+        if self.data.strong and self.data.augment:
             columns["strong"] = list_column(np.stack([np.concatenate(strong, axis=None) for _, *strong in views]))
         return pa.table(columns)
 
@@ -148,7 +152,8 @@ class _Planned(Datasource):  # type: ignore[misc]
         reader = ray.put(self.reader)  # once: a task carries its span alone
         share = self.reader.plan.batch_size // self.reader.world_size
         data = self.reader.data
-        row_bytes = data.card.image_size**2 * (1 + (data.views.strong.count if data.strong else 0))
+        strong_views = data.views.strong.count if data.strong and data.augment else 0
+        row_bytes = data.card.image_size**2 * (1 + strong_views)
         return [
             ReadTask(partial(_read_span, reader, span), BlockMetadata(rows, rows * row_bytes, None, None))
             for span in self.spans

@@ -79,8 +79,12 @@ def assert_equal(left: object, right: object, where: str = "") -> None:
         assert left == right, where
 
 
-def test_a_run_continues_from_the_middle_of_an_epoch_bit_for_bit(phantom_data: str, tmp_path: Path) -> None:
-    run = tiny(train={"checkpoint_every": 5}, pseudo={"align": "distribution", "kappa": 2.5, "source": "ema"})
+@pytest.mark.parametrize("place", ["stream", "device"])
+def test_a_run_continues_from_the_middle_of_an_epoch_bit_for_bit(place: str, phantom_data: str, tmp_path: Path) -> None:
+    views = {"place": place, "strong": {"count": 2}}
+    run = tiny(
+        views=views, train={"checkpoint_every": 5}, pseudo={"align": "distribution", "kappa": 2.5, "source": "ema"}
+    )
     card = read_card(phantom_data)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
@@ -98,6 +102,21 @@ def test_a_run_continues_from_the_middle_of_an_epoch_bit_for_bit(phantom_data: s
         for name, value in read_info(last).metrics.items()
         if name not in timed
     )
+
+
+def test_views_on_the_device_are_drawn_anew_in_every_step(phantom_data: str, tmp_path: Path) -> None:
+    card, seen = read_card(phantom_data), []
+    loop = Loop(tiny(views={"place": "device"}), phantom_data, card, PlainHost(tmp_path))
+    step = loop.method.step
+    loop.method.step = lambda model, batch, progress: seen.append(batch) or step(model, batch, progress)
+    loop.fit()
+    first, again = (
+        {int(r): w for b in part for r, w in zip(b.row, b.weak, strict=True)} for part in (seen[:14], seen[14:])
+    )
+    common = first.keys() & again.keys()
+    assert len(common) > 300
+    assert sum(torch.equal(first[row], again[row]) for row in common) < 0.02 * len(common)
+    assert all(not torch.equal(b.weak, b.strong) for b in seen)
 
 
 @pytest.mark.parametrize("method", ["mpc", *NAMES])
