@@ -9,7 +9,6 @@ from infra import settings
 from infra.console import Display
 from infra.listeners import TrialLines
 from infra.tracking import tracking_uri
-from mpc.errors import MissingError
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.dotted import merge, nested, parsed, validate
@@ -54,8 +53,6 @@ def _method(protocol: Protocol, name: str, where: str) -> RunConfig:
     if run.model.weights in ("none", "imagenet"):
         return run
     weights = storage.absolute(run.model.weights)  # cells train in other processes, from other folders
-    if not storage.exists(weights):
-        raise MissingError(f"model.weights {run.model.weights}: no such file; set run.model.weights to its place")
     return run.model_copy(update={"model": run.model.model_copy(update={"weights": weights})})
 
 

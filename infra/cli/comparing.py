@@ -43,9 +43,9 @@ def benchmark(
 
     protocol, methods = load(config, set_ or ())
     if dry_run:
-        from tuning.benchmark.run import require_data
+        from tuning.benchmark.run import require
 
-        require_data(protocol, data, root or ())
+        require(protocol, methods, data, root or ())
         show_plan(protocol, out)
         return
     start_ray(verbose)

@@ -1,7 +1,7 @@
 """From cells to figures: scores of every replicate, comparisons, learning curves, monitors."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,25 +31,31 @@ def best_validation(folder: str, metric: str) -> float | None:
     return max(values, default=None)
 
 
-def chosen(cells: Sequence[Cell], folder: str, metric: str) -> dict[str, dict[str, Any]]:
+def chosen(cells: Sequence[Cell], folder: str, metric: str, failed: Collection[str]) -> dict[str, dict[str, Any]]:
     """What each method chose while tuning: its settings, and every trial with its mean over the seeds.
 
-    A setting that failed on a seed is left out of the choice; a method whose settings all failed is left out.
+    A setting that failed on a seed has no mean; a method whose settings all failed is left out.
     """
-    found: dict[str, dict[int, list[float | None]]] = defaultdict(lambda: defaultdict(list))
-    settings: dict[tuple[str, int], dict[str, Any]] = {}
+    tried: dict[str, dict[int, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        assert cell.trial is not None
-        found[cell.method][cell.trial].append(best_validation(storage.join(folder, cell.name), metric))
-        settings[cell.method, cell.trial] = cell.settings
+        assert cell.trial is not None, "cells of the tuning stage have one"
+        tried[cell.method][cell.trial].append(cell)
     choices = {}
-    for method, tried in found.items():
-        means = {t: None if None in values else float(np.mean(values)) for t, values in tried.items()}  # type: ignore[arg-type]
-        trials = [{"settings": settings[method, t], metric: value} for t, value in means.items()]
-        whole = {t: value for t, value in means.items() if value is not None}
-        if whole:
-            choices[method] = {"settings": settings[method, max(whole, key=lambda t: whole[t])], "trials": trials}
+    for method, settings in tried.items():
+        trials = [
+            {"settings": same[0].settings, metric: _mean_validation(same, folder, metric, failed)}
+            for same in settings.values()
+        ]
+        ended = [trial for trial in trials if trial[metric] is not None]
+        if ended:
+            choices[method] = {"settings": max(ended, key=lambda trial: trial[metric])["settings"], "trials": trials}
     return choices
+
+
+def _mean_validation(cells: Sequence[Cell], folder: str, metric: str, failed: Collection[str]) -> float | None:
+    values = [best_validation(storage.join(folder, cell.name), metric) for cell in cells if cell.name not in failed]
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(cells) else None
 
 
 def replicates(cells: Sequence[Cell], folder: str, findings: Sequence[str]) -> tuple[Scores, dict[str, Any]]:

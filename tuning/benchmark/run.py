@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ray.tune import Callback
 
-from mpc.errors import UserError
+from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.config import PrepareConfig, RunConfig
@@ -62,24 +62,25 @@ def benchmark(
         UserError: settings that do not fit, or cells that failed; the others are kept.
     """
     out = storage.absolute(out)
-    require_one_worker(methods)
-    require_data(protocol, data, roots)
+    require(protocol, methods, data, roots)
     digest = read_card(data).digest if data else None
     claim(out, identity(protocol, methods) | {"data_digest": digest}, resume=resume)
     runtime.start()
     choices: dict[str, Any] | None = None
+    rejected: dict[str, str] = {}
     stages = storage.join(out, TUNING), storage.join(out, TABLE)
     if protocol.tuning is not None:
         cells = tuning_cells(protocol, out, data)
         _prepare(protocol, cells, out, roots, data, follower.announce)
         follower.announce(f"tuning: {len(cells)} runs")
-        _run(protocol, methods, cells, stages[0], follower, test=False)
-        choices = results.chosen(cells, storage.join(stages[0], CELLS), protocol.metric)
+        rejected = _run(protocol, methods, cells, stages[0], follower, test=False)
+        choices = results.chosen(cells, storage.join(stages[0], CELLS), protocol.metric, rejected)
     cells = table_cells(protocol, choices, out, data)
     cards = _prepare(protocol, cells, out, roots, data, follower.announce)
     follower.announce(f"table: {len(cells)} runs")
     failed = _run(protocol, methods, cells, stages[1], follower, test=True)
-    found = summary(protocol, methods, cells, stages[1], cards, choices or {}) | {"failed": failed}
+    found = summary(protocol, methods, cells, stages[1], cards, choices or {})
+    found |= {"failed": failed, "failed_while_tuning": rejected}
     storage.write_bytes(storage.join(out, RESULTS_FILE), (json.dumps(found, indent=1) + "\n").encode())
     return found
 
@@ -90,6 +91,19 @@ def identity(protocol: Protocol, methods: Mapping[str, RunConfig]) -> dict[str, 
         "protocol": protocol.model_dump(mode="json"),
         "config": {name: run.model_dump(mode="json") for name, run in methods.items()},
     }
+
+
+def require(protocol: Protocol, methods: Mapping[str, RunConfig], data: str | None, roots: Sequence[str]) -> None:
+    """Refuses what could not run to its end, before anything is written.
+
+    Raises:
+        UserError: cells of several workers, weights that are not there, data that are missing or too much.
+    """
+    require_one_worker(methods)
+    for weights in sorted({run.model.weights for run in methods.values()} - {"none", "imagenet"}):
+        if not storage.exists(weights):
+            raise MissingError(f"model.weights {weights}: no such file; set run.model.weights to its place")
+    require_data(protocol, data, roots)
 
 
 def require_data(protocol: Protocol, data: str | None, roots: Sequence[str]) -> None:
