@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from infra.benchmarking import load as load_protocol
 from infra.cli.app import app
 from infra.settings import load, presets, run_config
 from pipeline.dotted import check_path
@@ -41,12 +42,18 @@ def options(command: object) -> set[str]:
     return {flag for parameter in command.params for flag in parameter.opts}  # type: ignore[attr-defined]
 
 
+def configured(path: tuple[str, ...], context: typer.Context) -> object:
+    """What the flags of a call configure: settings, or the protocol of a benchmark."""
+    read = load_protocol if path == ("benchmark",) else load
+    return read(context.params.get("config"), context.params.get("set_") or [])
+
+
 @pytest.mark.parametrize(("page", "call"), calls())
 def test_documented_commands_parse(page: str, call: str) -> None:
     arguments = shlex.split(call, comments=True)
     path, command = max((found for found in verbs(COMMAND) if arguments[: len(found[0])] == list(found[0])), key=len)
     context = command.make_context(" ".join(path), arguments[len(path) :])  # type: ignore[attr-defined]
-    assert load(context.params.get("config"), context.params.get("set_") or []), page
+    assert configured(path, context), page
 
 
 def test_there_are_commands_to_check() -> None:
@@ -60,7 +67,7 @@ def test_every_help_has_an_example_that_parses(path: tuple[str, ...], command: o
     arguments = shlex.split(example.partition(" > ")[0])
     assert tuple(arguments[: len(path)]) == path
     context = command.make_context(" ".join(path), arguments[len(path) :])  # type: ignore[attr-defined]
-    assert load(context.params.get("config"), context.params.get("set_") or [])
+    assert configured(path, context)
 
 
 def test_flags_are_the_agreed_ones() -> None:

@@ -111,11 +111,11 @@ def test_views_on_the_device_are_drawn_anew_in_every_step(phantom_data: str, tmp
     loop.method.step = lambda model, batch, progress: seen.append(batch) or step(model, batch, progress)
     loop.fit()
     first, again = (
-        {int(r): w for b in part for r, w in zip(b.row, b.weak, strict=True)} for part in (seen[:14], seen[14:])
+        {int(r): view for b in part for r, view in zip(b.row, b.strong, strict=True)} for part in (seen[:14], seen[14:])
     )
     common = first.keys() & again.keys()
     assert len(common) > 300
-    assert sum(torch.equal(first[row], again[row]) for row in common) < 0.02 * len(common)
+    assert sum(torch.equal(first[row], again[row]) for row in common) < 0.05 * len(common)
     assert all(not torch.equal(b.weak, b.strong) for b in seen)
 
 
