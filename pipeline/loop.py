@@ -4,10 +4,10 @@ Every random draw is a function of (seed, step, rank) or (seed, epoch, row), so 
 and a continued run equals an uninterrupted one bit for bit (CPU, float32, same thread count).
 """
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,7 +29,7 @@ from pipeline.config import RunConfig
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
 from pipeline.scoring import Scored, score_rows, validation_metrics
-from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, to_device
+from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, to_device
 from pipeline.stream import TrainingData, batches
 from pipeline.versions import git_commit, versions
 
@@ -98,17 +98,14 @@ class Loop:
         step_module = _Step(self.model, self.method)
         self.step_module = DistributedDataParallel(step_module) if host.world_size > 1 else step_module
         self.optimizer = make_optimizer(run, self.method.param_groups(self.model, run.optim.lr))
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
         self.scaler = torch.amp.GradScaler(host.device.type, enabled=run.train.amp == "fp16")
         self.meter = Meter(host.device)
         self.step = 0
 
-    def _rate(self, step: int) -> float:
-        """Learning rate relative to its peak: linear warm-up, then a cosine to zero."""
-        warmup = round(self.run.optim.warmup * self.total_steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, self.total_steps - warmup)))
+    def _rate(self) -> Callable[[int], float]:
+        """The schedule of this run; not bound to the loop, which would then outlive its trial in a cycle."""
+        return partial(relative_rate, warmup=round(self.run.optim.warmup * self.total_steps), total=self.total_steps)
 
     def fit(self) -> Metrics:
         """Trains to the end, from the host's last checkpoint if it has one; the metrics of the last epoch."""

@@ -1,5 +1,6 @@
 """What the training loop is put together from: network, optimiser, batches on the device."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,3 +66,10 @@ def make_optimizer(run: RunConfig, groups: Iterable[dict[str, Any]]) -> torch.op
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay)
     return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+
+
+def relative_rate(step: int, *, warmup: int, total: int) -> float:
+    """Learning rate relative to its peak: linear over `warmup` steps, then a cosine to zero at step `total`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

@@ -1,11 +1,13 @@
 """Training through the public door: exact continuation, equal workers, refusals."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +104,19 @@ def test_a_run_continues_from_the_middle_of_an_epoch_bit_for_bit(place: str, pha
         for name, value in read_info(last).metrics.items()
         if name not in timed
     )
+
+
+def test_a_loop_leaves_nothing_behind(phantom_data: str, tmp_path: Path) -> None:
+    """Trials share a process: a loop in a reference cycle held its network until the collector came by, if it did."""
+    gc.disable()
+    try:
+        loop = Loop(tiny(train={"epochs": 1}), phantom_data, read_card(phantom_data), PlainHost(tmp_path))
+        loop.fit()
+        seen = weakref.ref(loop), weakref.ref(loop.model)
+        del loop
+        assert [reference() for reference in seen] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_views_on_the_device_are_drawn_anew_in_every_step(phantom_data: str, tmp_path: Path) -> None:
