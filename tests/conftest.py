@@ -66,7 +66,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     ports = [f"-{name}={free_port()}" for name in SERVER_PORTS]
     command = [binary, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.config={config}"]
-    command += [f"-s3.port={endpoint.rpartition(':')[2]}", "-master.volumeSizeLimitMB=64", "-volume.max=50", *ports]
+    command += [f"-s3.port={endpoint.rpartition(':')[2]}", "-master.volumeSizeLimitMB=64", "-volume.max=500", *ports]
     command.append("-s3.autoCreateBucket=false")
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
