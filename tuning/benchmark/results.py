@@ -42,7 +42,7 @@ def chosen(cells: Sequence[Cell], folder: str, metric: str, failed: Collection[s
         tried[cell.method][cell.trial].append(cell)
     choices = {}
     for method, settings in tried.items():
-        trials = [
+        trials: list[dict[str, Any]] = [
             {"settings": same[0].settings, metric: _mean_validation(same, folder, metric, failed)}
             for same in settings.values()
         ]
