@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.card import read_card
 from pipeline.checkpoints import BEST, opened, publish
 from pipeline.config import RunConfig
-from pipeline.evaluate import METRICS_FILE, evaluate
+from pipeline.evaluate import evaluate
 from pipeline.loop import Loop, Metrics
 from tuning.follow import CELL
 from tuning.space import apply
@@ -86,11 +86,6 @@ def run_cell(
         with _best(folder) as checkpoint:
             evaluate(checkpoint, data, "test", folder, run.train.eval_batch_size)
     storage.delete(storage.join(folder, BEST))
-
-
-def tested(folder: str) -> bool:
-    """Whether a cell has reached its end."""
-    return storage.exists(storage.join(folder, METRICS_FILE))
 
 
 @contextmanager
