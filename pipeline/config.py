@@ -12,8 +12,11 @@ Count = Annotated[int, Field(ge=1)]
 class SplitConfig(Config):
     """The patient-level split: by salted hash, or the collection's own lists where it has them."""
 
-    by: Literal["official", "hash"] = "official"
-    """`official` honours the source's own lists and carves `val` from its training patients; without lists, `hash`."""
+    by: Literal["official", "hash", "file"] = "official"
+    """`official` honours the source's own lists and carves `val` from its training patients; without lists, `hash`.
+    `file` takes every image's split from a table of the user's."""
+    file: str | None = None
+    """With by=file, a CSV (or .csv.gz) with the columns `split` (train, val, test) and `patient_id` or `image_id`."""
     salt: str = "mpc-cxr"
     val: Share = 0.1
     """Share of the patients that validate; of those that are not tested where `folds` or official lists choose them."""
@@ -34,20 +37,45 @@ class SplitConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def names_a_file(self) -> "SplitConfig":
+        """A file is given where it is read, and nowhere else."""
+        if (self.by == "file") != (self.file is not None):
+            raise ValueError(f"by {self.by} with file {self.file}; set both by=file and file=TABLE.csv, or neither")
+        return self
+
+    @model_validator(mode="after")
     def names_a_fold(self) -> "SplitConfig":
         """Folds exist by hash alone: official lists have one test split."""
         if self.fold >= self.folds:
             raise ValueError(f"fold {self.fold} is not one of folds {self.folds}; choose 0 to {self.folds - 1}")
         if self.folds > 1 and self.by != "hash":
-            raise ValueError(f"folds {self.folds} cannot follow official lists; set prepare.split.by=hash")
+            raise ValueError(f"folds {self.folds} cannot follow by={self.by}; set prepare.split.by=hash")
         return self
+
+
+Meaning = Literal["zeros", "ones", "ignore"]
+"""What an entry that is neither 1 nor 0 becomes: a known 0, a known 1, or unknown."""
+
+
+class FindingPolicy(Config):
+    """Where one finding departs from the policy; None follows it."""
+
+    uncertain: Meaning | None = None
+    blank: Meaning | None = None
 
 
 class PolicyConfig(Config):
     """What uncertain and blank entries of a table mean: 0, 1, or unknown."""
 
-    uncertain: Literal["zeros", "ones", "ignore"] = "zeros"
-    blank: Literal["zeros", "ones", "ignore"] = "zeros"
+    uncertain: Meaning = "zeros"
+    blank: Meaning = "zeros"
+    findings: dict[str, FindingPolicy] = Field(default_factory=dict)
+    """Exceptions by the name of the finding."""
+
+    def of(self, finding: str) -> tuple[Meaning, Meaning]:
+        """What uncertain and what blank entries of one finding mean."""
+        own = self.findings.get(finding, FindingPolicy())
+        return own.uncertain or self.uncertain, own.blank or self.blank
 
 
 class PhantomConfig(Config):

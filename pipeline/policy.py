@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow as pa
 
+from mpc.errors import UserError
 from pipeline.config import PolicyConfig
 from pipeline.manifest import (
     BLANK,
@@ -36,22 +37,31 @@ class LabelCodes:
 def apply(source: SourceTable, policy: PolicyConfig) -> tuple[pa.Table, dict[str, LabelCodes]]:
     """Resolves every label code and adds the mask `known`.
 
-    `zeros` and `ones` make an entry known with that value; `ignore` makes it unknown, stored as label 0.
+    `zeros` and `ones` make an entry known with that value; `ignore` makes it unknown, stored as label 0. A finding
+    follows its own meanings where the policy names it.
 
     Returns:
         The table in the manifest's schema (its `split` may still be null) and the raw codes of each finding.
 
     Raises:
+        UserError: the policy names a finding that is not there.
         ValueError: the source yields a code outside {1, 0, -1, -2} (a defect of the source, not of the user).
     """
+    unknown = [name for name in policy.findings if name not in source.findings]
+    if unknown:
+        raise UserError(
+            f"prepare.policy.findings names {unknown[0]!r}, which is not among the findings; "
+            f"choose from {', '.join(source.findings)}"
+        )
     codes = matrix(source.table["labels"])
     if not np.isin(codes, (POSITIVE, NEGATIVE, UNCERTAIN, BLANK)).all():
         raise ValueError(f"source {source.name} yields label codes {np.unique(codes)}")
     labels = (codes == POSITIVE).astype(np.int8)
     known = np.ones(codes.shape, dtype=np.bool_)
-    for code, meaning in ((UNCERTAIN, policy.uncertain), (BLANK, policy.blank)):
-        labels[codes == code] = meaning == "ones"
-        known[codes == code] = meaning != "ignore"
+    for code, meanings in zip((UNCERTAIN, BLANK), zip(*map(policy.of, source.findings), strict=True), strict=True):
+        ones, ignored = (np.array([meaning == name for meaning in meanings]) for name in ("ones", "ignore"))
+        labels[(codes == code) & ones] = 1
+        known[(codes == code) & ignored] = False
     strata = [name for name in STRATA if name in source.table.column_names]
     columns = {name: source.table[name] for name in source.table.column_names}
     columns |= {"labels": list_column(labels), "known": list_column(known)}

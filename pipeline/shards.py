@@ -10,8 +10,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ from pipeline.card import (
     read_card,
     write_card,
 )
-from pipeline.config import PrepareConfig
+from pipeline.config import PrepareConfig, SplitConfig
 from pipeline.manifest import LEFT_OUT, QUARANTINE_SCHEMA, SourceTable, check, matrix
 from pipeline.shard_file import WORK_FOLDER, ShardJob, ShardRecord
 from pipeline.sources import Roots, open_source
@@ -43,7 +44,7 @@ Progress = Callable[[int, int], None]
 FEWEST_SHARDS = 8
 """Small splits are still cut into this many shards where row groups allow it: work for several tasks."""
 RECORDED_VERSIONS = ("mpc-cxr", "ray", "pyarrow", "numpy", "opencv-python-headless", "pillow", "pydicom")
-NOT_IN_PLAN = {"max_bad", "task_cpus"}
+NOT_IN_PLAN: Any = {"max_bad": True, "task_cpus": True, "split": {"file"}}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ def survey(config: PrepareConfig, roots: Roots) -> Survey:
     source = open_source(config, roots)
     table, codes = policy.apply(source, config.policy)
     manifest = _ordered(split.set_apart(split.assign(table, config.split)))
+    if config.split.file:
+        listed = hashlib.sha256(storage.read_bytes(config.split.file)).hexdigest()
+        source = replace(source, digests=source.digests | {"split": listed})
     check(manifest, source.findings)
     absent = [name for name in config.strata if name not in manifest.column_names]
     if absent:
@@ -241,8 +245,8 @@ def _finish(config: PrepareConfig, found: Survey, out: str, plan: str, records: 
     shards = tuple(record.shard for record in records if record.shard.rows)
     card = DatasetCard(
         name=source.name, synthetic=source.synthetic, findings=source.findings, image_size=config.image_size,
-        fit=config.fit, reduce_to=config.reduce_to, policy=config.policy, split=config.split, strata=config.strata,
-        counts=count(kept, source.findings), raw_labels=found.raw_labels,
+        fit=config.fit, reduce_to=config.reduce_to, policy=config.policy, split=_named(config.split),
+        strata=config.strata, counts=count(kept, source.findings), raw_labels=found.raw_labels,
         quarantined=dict(sorted(Counter(quarantine["reason"].to_pylist()).items())), sources=source.digests,
         versions={name: version(name) for name in RECORDED_VERSIONS}, plan=plan, shards=shards,
         digest=digest(source.findings, shards),
@@ -250,6 +254,11 @@ def _finish(config: PrepareConfig, found: Survey, out: str, plan: str, records: 
     write_card(out, card)
     storage.delete(storage.join(out, WORK_FOLDER))
     return card
+
+
+def _named(split: SplitConfig) -> SplitConfig:
+    """The split without the folder of its file, which is nobody's business."""
+    return split.model_copy(update={"file": storage.name(split.file)}) if split.file else split
 
 
 def _limit(reasons: Counter[str], entries: int, max_bad: float) -> None:

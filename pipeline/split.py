@@ -1,4 +1,7 @@
-"""Train, val and test by patient: a salted hash, or the collection's own lists with `val` carved from its training."""
+"""Train, val and test by patient: a salted hash, a table of the user's, or the collection's own lists.
+
+The collection's lists know no `val`; it is carved from their training patients.
+"""
 
 import hashlib
 
@@ -9,7 +12,11 @@ from numpy.typing import NDArray
 
 from mpc.errors import UserError
 from pipeline.config import SplitConfig
-from pipeline.manifest import SPLITS, UNLABELLED, check_patients, matrix
+from pipeline.manifest import SPLITS, UNLABELLED, check_patients, leaked_patients, matrix
+from pipeline.sources import tables
+
+FILE_KEYS = ("patient_id", "image_id")
+"""Columns by which a table of splits may name its rows."""
 
 
 def assign(table: pa.Table, split: SplitConfig) -> pa.Table:
@@ -17,13 +24,16 @@ def assign(table: pa.Table, split: SplitConfig) -> pa.Table:
 
     `official` keeps the source's own values; where those have no `val`, the share `split.val` of the training patients
     becomes it. A source without lists, and `hash`, splits all patients by hash. With `split.folds` above 1 the test
-    split is the fold `split.fold` of the hash, and `val` the share `split.val` of the other patients.
+    split is the fold `split.fold` of the hash, and `val` the share `split.val` of the other patients. `file` takes all
+    splits from `split.file` as they stand there.
 
     Raises:
-        UserError: some rows without official split, a patient in two splits, or an empty split.
+        UserError: some rows without official split or missing in the file, a patient in two splits, or an empty split.
     """
     official = table["split"]
-    if split.by == "hash" or official.null_count == len(official):
+    if split.file is not None:
+        assigned = _listed(table, split.file)
+    elif split.by == "hash" or official.null_count == len(official):
         assigned = _by_hash(table["patient_id"], split)
     else:
         assigned = _official(table, split)
@@ -46,6 +56,8 @@ def require_all(splits: pa.ChunkedArray, split: SplitConfig) -> None:
     """Raises UserError where train, val or test has no image."""
     present = set(pc.unique(splits).to_pylist())
     empty = [name for name in SPLITS if name not in present]
+    if empty and split.file:
+        raise UserError(f"split {empty[0]!r} is empty ({len(splits)} images; {split.file}); list images for it there")
     if empty:
         tested = f"fold={split.fold} of {split.folds}" if split.folds > 1 else f"test={split.test}"
         raise UserError(
@@ -85,6 +97,29 @@ def _official(table: pa.Table, split: SplitConfig) -> pa.ChunkedArray:
         return official
     carved = pa.array(_patient_hash(table["patient_id"], split.salt) < split.val)
     return pc.if_else(pc.and_(pc.equal(official, "train"), carved), "val", official)
+
+
+def _listed(table: pa.Table, uri: str) -> pa.Array:
+    """The split of every row as a table of patients or images says."""
+    listed = tables.read(uri, ("split",), FILE_KEYS, filled=("split",)).rows
+    keys = [name for name in FILE_KEYS if name in listed.column_names]
+    if len(keys) != 1:
+        raise UserError(
+            f"{uri}, the table of splits, has {' and '.join(keys) or 'none'} of the columns "
+            f"{' and '.join(FILE_KEYS)}; give it exactly one"
+        )
+    named, splits = listed[keys[0]].combine_chunks(), listed["split"].combine_chunks()
+    strange = pc.index(pc.invert(pc.is_in(splits, value_set=pa.array(SPLITS))), True).as_py()
+    if strange >= 0:
+        raise UserError(f"{uri}, row {strange + 2}: split is {splits[strange].as_py()!r}; write {', '.join(SPLITS)}")
+    both = leaked_patients(named, splits)
+    if both:
+        raise UserError(f"{uri} puts {keys[0]} {min(both)!r} into {' and '.join(both[min(both)])}; mend the table")
+    rows = pc.index_in(table[keys[0]], value_set=named)
+    if rows.null_count:
+        first = table[keys[0]].filter(pc.is_null(rows))[0].as_py()
+        raise UserError(f"{uri} lacks {rows.null_count} of {len(table)} images, first {keys[0]} {first!r}; add them")
+    return splits.take(rows.combine_chunks())
 
 
 def _patient_hash(patients: pa.ChunkedArray, salt: str) -> NDArray[np.float64]:

@@ -48,6 +48,17 @@ def test_policy_by_hand(uncertain, blank, labels, known):
     assert counts["Effusion"].as_dict() == {"positive": 1, "negative": 2, "uncertain": 1, "blank": 0}
 
 
+def test_one_finding_departs_from_the_policy():
+    own = {"Nodule": {"uncertain": "ones"}, "Mass": {"uncertain": "zeros", "blank": "ones"}}
+    config = PolicyConfig.model_validate({"uncertain": "ignore", "blank": "ignore", "findings": own})
+    table, _ = policy.apply(a_source(), config)
+    np.testing.assert_array_equal(matrix(table["labels"]), [[1, 0, 1], [0, 1, 1], [0, 0, 0], [0, 0, 0]])
+    known = [[1, 1, 1], [1, 1, 1], [0, 1, 0], [1, 1, 1]]
+    np.testing.assert_array_equal(matrix(table["known"]), np.array(known, bool))
+    with pytest.raises(UserError, match=r"policy\.findings names 'Cough'.*choose from Effusion, Mass, Nodule"):
+        policy.apply(a_source(), PolicyConfig.model_validate({"findings": {"Cough": {"blank": "ones"}}}))
+
+
 def test_findings_are_chosen_and_reordered():
     kept = keep_findings(a_source(), ("Nodule", "Effusion"))
     assert kept.findings == ("Nodule", "Effusion")
@@ -107,7 +118,7 @@ def test_the_fold_of_one_patient_by_hand():
     [
         ({"folds": 5, "fold": 5, "by": "hash"}, "fold 5 is not one of folds 5; choose 0 to 4"),
         ({"fold": 1}, "fold 1 is not one of folds 1"),
-        ({"folds": 5}, "cannot follow official lists; set prepare.split.by=hash"),
+        ({"folds": 5}, "cannot follow by=official; set prepare.split.by=hash"),
         ({"folds": 0}, "greater than or equal to 1"),
         ({"folds": 2, "by": "hash", "val": 1.0}, "val 1.0 leaves nothing"),
     ],
@@ -142,6 +153,46 @@ def test_official_test_is_kept_and_val_is_carved_from_training_patients():
 
 def with_split(table: pa.Table, values: list[str | None]) -> pa.Table:
     return table.set_column(table.schema.get_field_index("split"), "split", pa.array(values, pa.string()))
+
+
+def in_file(folder, text: str, **columns) -> list[str]:
+    path = folder / "splits.csv"
+    path.write_text(text)
+    table, _ = policy.apply(a_source(patient_id=["a", "a", "b", "c"], **columns), PolicyConfig())
+    return split.assign(table, SplitConfig(by="file", file=str(path)))["split"].to_pylist()
+
+
+def test_split_from_a_file_by_patient_or_by_image(tmp_path):
+    by_patient = "patient_id,note,split\nc,x,test\na,,train\nb,,val\nz,,test\n"
+    assert in_file(tmp_path, by_patient) == ["train", "train", "val", "test"]
+    official = ["test", "test", "train", "train"]
+    assert in_file(tmp_path, by_patient, split=official) == ["train", "train", "val", "test"]
+    by_image = "split,image_id\ntest,i0\ntest,i1\nval,i3\ntrain,i2\n"
+    assert in_file(tmp_path, by_image) == ["test", "test", "train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("patient_id,split\na,train\nb,val\n", r"splits\.csv lacks 1 of 4 images, first patient_id 'c'; add them"),
+        ("patient_id,split\na,train\nb,dev\nc,test\n", r"splits\.csv, row 3: split is 'dev'; write train, val, test"),
+        ("patient_id,split\na,train\nb,val\nc,test\na,test\n", r"puts patient_id 'a' into test and train"),
+        ("image_id,split\ni0,train\ni1,test\ni2,val\ni3,test\n", r"patient 'a' has images in test and train"),
+        ("patient,split\na,train\n", r"has none of the columns patient_id and image_id; give it exactly one"),
+        ("patient_id,image_id,split\na,i0,train\n", r"has patient_id and image_id of the columns"),
+        ("patient_id,part\na,train\n", r"lacks the column\(s\) split; its header has patient_id, part"),
+        ("patient_id,split\na,train\nb,train\nc,test\n", r"split 'val' is empty \(4 images; .*splits\.csv\); list"),
+    ],
+)
+def test_faults_of_a_split_file(tmp_path, text, words):
+    with pytest.raises(UserError, match=words):
+        in_file(tmp_path, text)
+
+
+def test_a_split_file_is_given_where_it_is_read():
+    for config in ({"by": "file"}, {"file": "splits.csv"}):
+        with pytest.raises(ValueError, match="set both"):
+            SplitConfig.model_validate(config)
 
 
 def test_split_faults():

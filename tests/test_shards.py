@@ -308,3 +308,23 @@ def test_object_storage_for_input_and_output(bucket, tmp_path):
 def test_an_unreachable_bucket_is_one_line(tmp_path):
     with pytest.raises(UserError, match="does not answer"):
         prepare(phantoms(), None, "s3://bucket/out?endpoint_override=http://127.0.0.1:9")
+
+
+def test_a_split_file_may_move_and_its_folder_is_not_told(tmp_path):
+    config = phantoms()
+    patients = sorted(set(survey(config, None).manifest["patient_id"].to_pylist()))
+    splits = [("val", "test", "train", "train")[index % 4] for index in range(len(patients))]
+    lines = "".join(f"{patient},{part}\n" for patient, part in zip(patients, splits, strict=True))
+    cards = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        table = tmp_path / folder / "splits.csv"
+        table.write_text(f"patient_id,split\n{lines}")
+        by_file = config.model_copy(update={"split": SplitConfig(by="file", file=str(table))})
+        cards.append(prepare(by_file, None, str(tmp_path / "out"), resume=folder == "second"))
+    assert cards[0] == cards[1]
+    assert cards[0].split.file == "splits.csv"
+    assert cards[0].sources["split"] == hashlib.sha256(table.read_bytes()).hexdigest()
+    listed = dict(zip(patients, splits, strict=True))
+    found = {row["patient_id"]: row["split"].replace("unlabelled", "train") for row in rows_of(tmp_path / "out")}
+    assert found == listed

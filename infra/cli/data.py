@@ -12,6 +12,8 @@ from mpc.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.card import DatasetCard, SplitCounts
+    from pipeline.config import PolicyConfig
+    from pipeline.shards import Survey
 
 Source = Annotated[
     Literal["phantom", "nih", "chexpert", "mimic_cxr"] | None,
@@ -56,9 +58,7 @@ def prepare(
     if dry_run:
         from pipeline.shards import survey
 
-        found = survey(settings.prepare, root)
-        show_counts(f"{found.source.name}, before any image is read", found.source.findings, found.counts)
-        show_quarantine(Counter(found.source.quarantine["reason"].to_pylist()))
+        show_survey(survey(settings.prepare, root), settings.prepare.policy)
         say(f"would prepare {settings.prepare.image_size} pixels a side into {out}")
         return
     from pipeline.shards import prepare as write_shards
@@ -66,7 +66,12 @@ def prepare(
     start_ray(verbose)
     with progress("prepare") as report:
         card = write_shards(
-            settings.prepare, root, out, resume=resume, progress=lambda done, total: report(done, total, "images")
+            settings.prepare,
+            root,
+            out,
+            resume=resume,
+            progress=lambda done, total: report(done, total, "images"),
+            announce=lambda found: show_survey(found, settings.prepare.policy),
         )
     show_card(card)
     say(f"data set: {out}")
@@ -86,6 +91,23 @@ def check(data: Data, verbose: Verbose = False) -> None:
     say(f"{data}: {len(faults)} faults" if faults else f"{data}: sound")
     if faults:
         raise typer.Exit(1)
+
+
+def show_survey(found: "Survey", policy: "PolicyConfig") -> None:
+    """What is known before any image is read: raw label codes with what they become, counts, what stays outside."""
+    name = f"{found.source.name}, before any image is read"
+    codes, meanings = found.raw_labels, {finding: policy.of(finding) for finding in found.source.findings}
+    table(
+        f"{name}: entries of the table, and what the policy makes of them",
+        ["", "1", "0", "uncertain", "become", "blank", "become"],
+        [
+            [finding, *(f"{count:,}" for count in (raw.positive, raw.negative)),
+             f"{raw.uncertain:,}", uncertain, f"{raw.blank:,}", blank]
+            for finding, raw in codes.items() for uncertain, blank in [meanings[finding]]
+        ],
+    )  # fmt: skip
+    show_counts(f"{name}: images and positives", found.source.findings, found.counts)
+    show_quarantine(Counter(found.source.quarantine["reason"].to_pylist()))
 
 
 def show_card(card: "DatasetCard") -> None:
