@@ -17,6 +17,7 @@ from pipeline.manifest import matrix
 
 CARD_FILE = "dataset.json"
 QUARANTINE_FILE = "quarantine.parquet"
+NEAR_FILE = "near_duplicates.parquet"
 SplitName = Literal["train", "val", "test", "unlabelled"]
 SPLIT_ORDER: tuple[SplitName, ...] = ("train", "val", "test", "unlabelled")
 """Order of the splits by `row`."""
@@ -79,6 +80,9 @@ class DatasetCard(Config):
     raw_labels: dict[str, RawCounts]
     quarantined: dict[str, int]
     """Reason -> entries of quarantine.parquet."""
+    near_duplicates: int | None = None
+    """Images of val and test that nearly equal one of another split: the entries of near_duplicates.parquet. None where
+    an earlier version of the software did not look."""
     sources: dict[str, str]
     """Digests of what the labels came from."""
     versions: dict[str, str]

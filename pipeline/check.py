@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from mpc.errors import MissingError
 from pipeline import storage
-from pipeline.card import QUARANTINE_FILE, SHARD_FOLDER, DatasetCard, Shard, count, digest, read_card
+from pipeline.card import NEAR_FILE, QUARANTINE_FILE, SHARD_FOLDER, DatasetCard, Shard, count, digest, read_card
 from pipeline.manifest import UNLABELLED, leaked_patients, matrix
 from pipeline.shard_file import METADATA_KEY, shard_schema
 
@@ -40,7 +40,7 @@ def check(data_uri: str) -> list[str]:
         if table is not None:
             tables.append(table)
     faults += _stray(data_uri, card)
-    faults += _quarantine(data_uri, card)
+    faults += _quarantine(data_uri, card) + _near(data_uri, card)
     if tables:
         faults += _whole(card, pa.concat_tables(tables), complete=len(tables) == len(card.shards))
     return faults
@@ -196,13 +196,33 @@ def _stray(data_uri: str, card: DatasetCard) -> list[str]:
 
 def _quarantine(data_uri: str, card: DatasetCard) -> list[str]:
     """The quarantine table against the card's counts."""
-    try:
-        with storage.open_input(storage.join(data_uri, QUARANTINE_FILE)) as stream:
-            found = dict(Counter(pq.read_table(stream)["reason"].to_pylist()))
-    except MissingError:
-        return [f"{QUARANTINE_FILE}: the file is missing"]
-    except (pa.ArrowInvalid, KeyError) as error:
-        return [f"{QUARANTINE_FILE}: not readable ({' '.join(str(error).split())[:160]})"]
+    table = _beside(data_uri, QUARANTINE_FILE, "reason")
+    if isinstance(table, str):
+        return [table]
+    found = dict(Counter(table["reason"].to_pylist()))
     if found != card.quarantined:
         return [f"{QUARANTINE_FILE}: holds {found or 'nothing'}; the card says {card.quarantined or 'nothing'}"]
     return []
+
+
+def _near(data_uri: str, card: DatasetCard) -> list[str]:
+    """The table of near-identical images against the card's count; older data sets have neither."""
+    if card.near_duplicates is None:
+        return []
+    table = _beside(data_uri, NEAR_FILE, "image_id")
+    if isinstance(table, str):
+        return [table]
+    if len(table) != card.near_duplicates:
+        return [f"{NEAR_FILE}: {len(table)} entries; the card says {card.near_duplicates}"]
+    return []
+
+
+def _beside(data_uri: str, name: str, column: str) -> pa.Table | str:
+    """A table beside the card, which has `column`; or its fault."""
+    try:
+        with storage.open_input(storage.join(data_uri, name)) as stream:
+            return pq.read_table(stream).select([column])
+    except MissingError:
+        return f"{name}: the file is missing"
+    except (pa.ArrowInvalid, KeyError) as error:
+        return f"{name}: not readable ({' '.join(str(error).split())[:160]})"

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mpc.config import Config
-from pipeline import storage
+from pipeline import near, storage
 from pipeline.card import Shard, SplitName
 from pipeline.decode import DecodeError
 from pipeline.geometry import Fit
@@ -41,6 +41,8 @@ class ShardRecord(Config):
     plan: str
     shard: Shard
     faults: tuple[Fault, ...]
+    fingerprints: str
+    """Perceptual hashes of the shard's images in their order, as `near.packed` writes them."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def write(job: ShardJob, rows: pa.Table) -> ShardRecord:
     """
     faults: list[Fault] = []
     groups: list[int] = []
+    fingerprints: list[bytes] = []
     schema = shard_schema(job.findings, job.strata, job.size)
     uri = storage.join(job.out, job.path)
     with storage.open_output(uri) as stream:
@@ -100,13 +103,16 @@ def write(job: ShardJob, rows: pa.Table) -> ShardRecord:
                 block = _block(rows.take(kept), images, schema, job.row_start + sum(groups))
                 writer.write_table(block, row_group_size=job.row_group)
                 groups.append(len(kept))
+                fingerprints += map(near.fingerprint, images)
     if not groups:
         storage.delete(uri)
     shard = Shard(
         path=job.path, split=job.split, rows=sum(groups), row_start=job.row_start, row_groups=tuple(groups),
         bytes=sink.bytes, sha256=sink.hexdigest(),
     )  # fmt: skip
-    return _record(job, ShardRecord(plan=job.plan, shard=shard, faults=tuple(faults)))
+    return _record(
+        job, ShardRecord(plan=job.plan, shard=shard, faults=tuple(faults), fingerprints=near.packed(fingerprints))
+    )
 
 
 def renumber(job: ShardJob, record: ShardRecord) -> ShardRecord:

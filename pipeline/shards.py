@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpc.errors import UserError
-from pipeline import policy, shard_file, split, storage, tasks
+from pipeline import near, policy, shard_file, split, storage, tasks
 from pipeline.card import (
     CARD_FILE,
+    NEAR_FILE,
     QUARANTINE_FILE,
     SHARD_FOLDER,
     SPLIT_ORDER,
@@ -238,8 +239,10 @@ def _finish(config: PrepareConfig, found: Survey, out: str, plan: str, records: 
     kept = manifest.filter(pa.array(good))
     split.require_all(kept["split"], config.split)
     quarantine = pa.concat_tables([source.quarantine, pa.Table.from_pylist(faults, schema=QUARANTINE_SCHEMA)])
-    with storage.open_output(storage.join(out, QUARANTINE_FILE)) as stream:
-        pq.write_table(quarantine, stream)
+    resembling = _near(kept, records)
+    for name, table in ((QUARANTINE_FILE, quarantine), (NEAR_FILE, resembling)):
+        with storage.open_output(storage.join(out, name)) as stream:
+            pq.write_table(table, stream)
     for leftover in storage.list_files(storage.join(out, SHARD_FOLDER), (storage.TEMPORARY,)):
         storage.delete(leftover)
     shards = tuple(record.shard for record in records if record.shard.rows)
@@ -247,13 +250,20 @@ def _finish(config: PrepareConfig, found: Survey, out: str, plan: str, records: 
         name=source.name, synthetic=source.synthetic, findings=source.findings, image_size=config.image_size,
         fit=config.fit, reduce_to=config.reduce_to, policy=config.policy, split=_named(config.split),
         strata=config.strata, counts=count(kept, source.findings), raw_labels=found.raw_labels,
-        quarantined=dict(sorted(Counter(quarantine["reason"].to_pylist()).items())), sources=source.digests,
+        quarantined=dict(sorted(Counter(quarantine["reason"].to_pylist()).items())), near_duplicates=len(resembling),
+        sources=source.digests,
         versions={name: version(name) for name in RECORDED_VERSIONS}, plan=plan, shards=shards,
         digest=digest(source.findings, shards),
     )  # fmt: skip
     write_card(out, card)
     storage.delete(storage.join(out, WORK_FOLDER))
     return card
+
+
+def _near(kept: pa.Table, records: Sequence[ShardRecord]) -> pa.Table:
+    """Images of val and test that nearly equal one of another split."""
+    fingerprints = near.unpacked([record.fingerprints for record in records])
+    return near.table(kept, list(near.across_splits(fingerprints, np.array(kept["split"].to_pylist()))))
 
 
 def _named(split: SplitConfig) -> SplitConfig:

@@ -63,6 +63,7 @@ def test_phantoms_become_a_sound_data_set(tmp_path):
     assert read_card(str(tmp_path / "out")) == card
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "dataset.json",
+        "near_duplicates.parquet",
         "quarantine.parquet",
         "shards",
     ]

@@ -115,6 +115,11 @@ def show_card(card: "DatasetCard") -> None:
     kind = "synthetic radiographs, " if card.synthetic else ""
     show_counts(f"{card.name}: {kind}{card.image_size} pixels a side", card.findings, card.counts)
     show_quarantine(card.quarantined, "; see quarantine.parquet")
+    if card.near_duplicates:
+        say(
+            f"near-identical: {card.near_duplicates:,} images of val or test resemble one of another split; "
+            f"see near_duplicates.parquet"
+        )
 
 
 def show_quarantine(reasons: Mapping[str, int], more: str = "") -> None:
