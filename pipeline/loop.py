@@ -30,7 +30,8 @@ from pipeline.meter import Meter
 from pipeline.plan import make_plan
 from pipeline.scoring import Scored, score_rows, validation_metrics
 from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, to_device
-from pipeline.stream import TrainingData, batches
+from pipeline.spans import TrainingData
+from pipeline.stream import batches
 from pipeline.versions import git_commit, versions
 
 Metrics = dict[str, Any]

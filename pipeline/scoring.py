@@ -16,7 +16,8 @@ from pipeline.card import DatasetCard
 from pipeline.config import DataConfig
 from pipeline.manifest import matrix
 from pipeline.single_positive import draw
-from pipeline.stream import images_of, scan
+from pipeline.spans import images_of
+from pipeline.stream import scan
 
 
 class Scored(NamedTuple):

@@ -16,7 +16,7 @@ from mpc.weights import read_tensors
 from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
-from pipeline.stream import Arrays
+from pipeline.spans import Arrays
 
 
 class Timed:

@@ -15,7 +15,8 @@ from pipeline.card import DatasetCard
 from pipeline.evaluate import evaluate, load_model
 from pipeline.inference import thresholds
 from pipeline.manifest import matrix
-from pipeline.stream import images_of, scan
+from pipeline.spans import images_of
+from pipeline.stream import scan
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from pipeline.card import read_card
 from pipeline.manifest import matrix
 from pipeline.plan import Plan, make_plan
 from pipeline.single_positive import draw
-from pipeline.stream import Arrays, SpanReader, TrainingData, batches, images_of, refuse_extension_types, scan
+from pipeline.spans import Arrays, SpanReader, TrainingData, images_of
+from pipeline.stream import batches, refuse_extension_types, scan
 
 
 def training_data(uri: str, **changes: object) -> tuple[TrainingData, Plan]:

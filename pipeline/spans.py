@@ -1,0 +1,158 @@
+"""What a task of the training stream does: read a span of the plan, draw the observed positives, make both views.
+
+Each random draw is a function of (seed, epoch, row), so the stream is the same for any number of tasks, ranks and
+restarts, whoever runs the tasks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mpc.config import ViewsConfig
+from mpc.errors import UserError
+from mpc.views import TwoViews
+from pipeline import storage
+from pipeline.card import DatasetCard
+from pipeline.manifest import list_column, matrix
+from pipeline.plan import Plan, RowGroup, Span
+from pipeline.single_positive import draw
+
+SPAN_ROWS = 1024
+"""Rows of one task: reading its window again costs a few per cent of augmenting them."""
+COLUMNS = ("row", "image_id", "image", "labels", "known")
+
+
+class Arrays(NamedTuple):
+    """One rank's slice of a global batch, as `mpc.method.Batch` but in NumPy."""
+
+    weak: NDArray[np.uint8]
+    strong: NDArray[np.uint8] | None
+    observed: NDArray[np.float32]
+    labels: NDArray[np.float32]
+    known: NDArray[np.bool_]
+    row: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training stream is made of.
+
+    Args:
+        uri: the prepared data set.
+        card: its dataset card.
+        views: strengths of both views.
+        strong: whether strong views are made at all.
+        augment: whether views are made here; else `weak` holds the stored images, for views on the device.
+        seed: of the augmentation.
+        draw_seed: of the observed positive.
+        tasks: reading tasks at work at a time.
+        task_cpus: CPUs that one asks of Ray.
+    """
+
+    uri: str
+    card: DatasetCard
+    views: ViewsConfig
+    strong: bool = True
+    augment: bool = True
+    seed: int = 0
+    draw_seed: int = 0
+    tasks: int = 2
+    task_cpus: float = 0.5
+
+
+class SpanReader:
+    """Reads and augments spans of a plan; runs in any process.
+
+    Args:
+        data: what to read and how to augment it.
+        plan: the order.
+        rank: whose share.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, data: TrainingData, plan: Plan, rank: int, world_size: int) -> None:
+        self.data, self.plan, self.rank, self.world_size = data, plan, rank, world_size
+
+    def __call__(self, span: Span) -> Iterator[pa.Table]:
+        """One table a batch of the span."""
+        cv2.setNumThreads(0)  # OpenCV would take every core of the machine inside a task that asked for a part of one
+        two_views = TwoViews(self.data.views, self.data.card.image_size, strong=self.data.strong)
+        share = self.plan.share(span, self.rank, self.world_size)
+        rows = read_rows(self.data.uri, self.plan.holding(share.reshape(-1)), share.reshape(-1))
+        epoch = span.step // self.plan.steps_per_epoch
+        size = share.shape[1]
+        for start in range(0, len(rows), size):
+            yield self._augmented(rows.slice(start, size), epoch, two_views)
+
+    def _augmented(self, rows: pa.Table, epoch: int, two_views: TwoViews) -> pa.Table:
+        numbers = rows["row"].to_numpy()
+        images = images_of(rows["image"], self.data.card.image_size)
+        views: list[tuple[NDArray[np.uint8], ...]] = [(image,) for image in images]
+        if self.data.augment:
+            views = [two_views(image, self._seed(epoch, row)) for image, row in zip(images, numbers, strict=True)]
+        labels, known = matrix(rows["labels"]), matrix(rows["known"])
+        columns = {
+            "row": numbers,
+            "weak": list_column(np.stack([weak.reshape(-1) for weak, *_ in views])),
+            "observed": list_column(draw(rows["image_id"].to_pylist(), labels, known, self.data.draw_seed)),
+            "labels": list_column(labels),
+            "known": list_column(known),
+        }
+        if self.data.strong and self.data.augment:
+            columns["strong"] = list_column(np.stack([np.concatenate(strong, axis=None) for _, *strong in views]))
+        return pa.table(columns)
+
+    def _seed(self, epoch: int, row: int) -> int:
+        text = f"{self.data.seed}:{epoch}:{row}"
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def read_rows(uri: str, groups: tuple[RowGroup, ...], wanted: NDArray[np.int64]) -> pa.Table:
+    """The wanted rows in the wanted order; one row group is in memory at a time beside them."""
+    parts, files = [], {}
+    for group in groups:
+        if group.path not in files:
+            filesystem, path = storage.resolve(storage.join(uri, group.path))
+            files[group.path] = pq.ParquetFile(filesystem.open_input_file(path))
+        table = files[group.path].read_row_group(group.number, columns=list(COLUMNS))
+        inside = wanted[(wanted >= group.start) & (wanted < group.start + group.rows)]
+        parts.append(table.take(pa.array(inside - group.start)))
+    rows = pa.concat_tables(parts)
+    position = {row: i for i, row in enumerate(rows["row"].to_pylist())}
+    return rows.take(pa.array([position[row] for row in wanted.tolist()])).combine_chunks()
+
+
+def images_of(column: pa.Array | pa.ChunkedArray, size: int) -> NDArray[np.uint8]:
+    """[N, size, size] from a column of raw bytes, without a copy where the column is one chunk."""
+    chunk = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(chunk, pa.ChunkedArray):
+        chunk = chunk.chunk(0) if chunk.num_chunks else pa.array([], pa.large_binary())
+    offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
+    if len(chunk) and (np.diff(offsets) != size * size).any():
+        raise UserError(f"an image of the shards is not {size} x {size} bytes; prepare the data set again")
+    values = np.frombuffer(chunk.buffers()[2], dtype=np.uint8)
+    return values[offsets[0] : offsets[0] + len(chunk) * size * size].reshape(-1, size, size)
+
+
+def arrays_of(table: pa.Table, size: int) -> Arrays:
+    """A batch of `SpanReader` as arrays."""
+
+    def images(name: str) -> NDArray[np.uint8]:
+        """The views of a row lie behind each other in it; in a batch, view by view."""
+        return matrix(table[name]).reshape(len(table), -1, size, size).swapaxes(0, 1).reshape(-1, 1, size, size)
+
+    return Arrays(
+        weak=images("weak"),
+        strong=images("strong") if "strong" in table.column_names else None,
+        observed=matrix(table["observed"]).astype(np.float32),
+        labels=matrix(table["labels"]).astype(np.float32),
+        known=matrix(table["known"]),
+        row=table["row"].to_numpy(),
+    )
