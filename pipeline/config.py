@@ -132,10 +132,13 @@ class DataConfig(Config):
     """Whether validation may use all known labels or, like training, one positive an image."""
     window: Annotated[int, Field(ge=4096)] = 4096
     """Rows among which the stream shuffles after it has permuted row groups."""
+    backend: Literal["ray", "torch"] = "ray"
+    """Who reads and augments: Ray Data, anywhere in the cluster, or processes of a torch DataLoader beside each
+    training worker, which is cheaper where one machine is all there is. The batches are the same."""
     task_cpus: Positive = 0.5
-    """CPUs that one reading and augmenting task asks of Ray."""
+    """CPUs that one reading and augmenting task (or DataLoader process) asks of Ray."""
     tasks: Count = 2
-    """Reading and augmenting tasks at work at a time, for each rank."""
+    """Reading and augmenting tasks (or DataLoader processes) at work at a time, for each rank."""
 
 
 class TrainConfig(Config):
@@ -183,3 +186,14 @@ class RunConfig(MethodConfig):
 
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @property
+    def worker_cpus(self) -> float:
+        """CPUs that a training worker asks of Ray, with those of its own reading processes."""
+        own = self.data.tasks * self.data.task_cpus if self.data.backend == "torch" else 0.0
+        return self.train.worker_cpus + own
+
+    @property
+    def cpus_beside(self) -> float:
+        """CPUs that must stay free beside the training workers, for Ray Data to read at all."""
+        return self.data.task_cpus if self.data.backend == "ray" else 0.0

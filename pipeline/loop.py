@@ -139,6 +139,7 @@ class Loop:
             draw_seed=run.data.draw_seed,
             tasks=run.data.tasks,
             task_cpus=run.data.task_cpus,
+            backend=run.data.backend,
         )
         host = self.host
         stream = batches(data, self.plan, host.rank, host.world_size, self.step, self.total_steps)

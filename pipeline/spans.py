@@ -7,7 +7,7 @@ restarts, whoever runs the tasks.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -54,6 +54,7 @@ class TrainingData:
         draw_seed: of the observed positive.
         tasks: reading tasks at work at a time.
         task_cpus: CPUs that one asks of Ray.
+        backend: who runs the tasks.
     """
 
     uri: str
@@ -65,6 +66,7 @@ class TrainingData:
     draw_seed: int = 0
     tasks: int = 2
     task_cpus: float = 0.5
+    backend: Literal["ray", "torch"] = "ray"
 
 
 class SpanReader:
@@ -80,11 +82,13 @@ class SpanReader:
     def __init__(self, data: TrainingData, plan: Plan, rank: int, world_size: int) -> None:
         self.data, self.plan, self.rank, self.world_size = data, plan, rank, world_size
 
-    def __call__(self, span: Span) -> Iterator[pa.Table]:
-        """One table a batch of the span."""
+    def __call__(self, span: Span, part: slice = slice(None)) -> Iterator[pa.Table]:
+        """One table a batch of the span, or of `part` of its batches."""
         cv2.setNumThreads(0)  # OpenCV would take every core of the machine inside a task that asked for a part of one
         two_views = TwoViews(self.data.views, self.data.card.image_size, strong=self.data.strong)
-        share = self.plan.share(span, self.rank, self.world_size)
+        share = self.plan.share(span, self.rank, self.world_size)[part]
+        if not share.size:
+            return
         rows = read_rows(self.data.uri, self.plan.holding(share.reshape(-1)), share.reshape(-1))
         epoch = span.step // self.plan.steps_per_epoch
         size = share.shape[1]

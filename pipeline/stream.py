@@ -1,7 +1,8 @@
-"""From shards to batches: two augmented views for training through Ray Data, plain rows in order for evaluation.
+"""From shards to batches: two augmented views for training, plain rows in order for evaluation.
 
 Training reads in the order of `pipeline.plan`: a task takes a span of global batches and hands out one batch after the
-other (`pipeline.spans`).
+other (`pipeline.spans`). The tasks run on Ray Data, or, where one machine is all there is, in a DataLoader
+(`pipeline.loader`); what they yield is the same.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from ray.data.block import BlockMetadata
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
+from pipeline.loader import loaded
 from pipeline.plan import Plan, Span
 from pipeline.spans import SPAN_ROWS, Arrays, SpanReader, TrainingData, arrays_of
 
@@ -27,7 +29,15 @@ BLOCK_BYTES = 4 << 20  # tasks hand out blocks of this size, long before they en
 def batches(
     data: TrainingData, plan: Plan, rank: int, world_size: int, start_step: int, stop_step: int
 ) -> Iterator[Arrays]:
-    """The rank's batches for the global steps [start_step, stop_step), in order, read ahead by Ray Data."""
+    """The rank's batches for the global steps [start_step, stop_step), in order, read ahead by `data.backend`."""
+    run = loaded if data.backend == "torch" else _by_ray
+    yield from run(data, plan, rank, world_size, start_step, stop_step)
+
+
+def _by_ray(
+    data: TrainingData, plan: Plan, rank: int, world_size: int, start_step: int, stop_step: int
+) -> Iterator[Arrays]:
+    """The rank's batches by Ray Data, one leg of tasks after the other."""
     share = plan.batch_size // world_size
     spans = plan.spans(start_step, stop_step, SPAN_ROWS // share)
     for leg in range(0, len(spans), LEG_SPANS):

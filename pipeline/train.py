@@ -156,13 +156,11 @@ def preflight(run: RunConfig) -> None:
         UserError: workers and reading tasks together ask for more than the cluster has.
     """
     resources: dict[str, float] = ray.cluster_resources()
-    workers = run.train.num_workers * run.train.worker_cpus
-    reading = run.data.task_cpus
-    if workers + reading > resources.get("CPU", 0):
-        cpus = resources.get("CPU", 0)
+    if run.train.num_workers * run.worker_cpus + run.cpus_beside > resources.get("CPU", 0):
         raise UserError(
-            f"{run.train.num_workers} workers x {run.train.worker_cpus:g} CPU and {reading:g} CPU for reading exceed "
-            f"the cluster's {cpus:g} CPUs; lower train.num_workers, train.worker_cpus or data.task_cpus"
+            f"{run.train.num_workers} workers x {run.worker_cpus:g} CPU and {run.cpus_beside:g} CPU for Ray Data "
+            f"exceed the cluster's {resources.get('CPU', 0):g} CPUs; lower train.num_workers, train.worker_cpus or "
+            f"data.task_cpus"
         )
     if run.train.use_gpu and run.train.num_workers > resources.get("GPU", 0):
         raise UserError(
@@ -179,7 +177,7 @@ def _work(config: dict[str, Any]) -> None:
 
 def _trainer(run: RunConfig, data: str, card: DatasetCard, out: str, queue: Queue) -> TorchTrainer:
     filesystem, path = storage.resolve(out)
-    resources: dict[str, float] = {"CPU": run.train.worker_cpus, **({"GPU": 1} if run.train.use_gpu else {})}
+    resources: dict[str, float] = {"CPU": run.worker_cpus, **({"GPU": 1} if run.train.use_gpu else {})}
     return TorchTrainer(
         _work,
         train_loop_config={"run": run.model_dump(mode="json"), "data": data, "queue": queue},

@@ -1,5 +1,6 @@
 """The training stream against the same work done in one process, and the scan that evaluation reads."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -68,6 +69,38 @@ def test_the_stream_is_the_same_for_any_tasks_ranks_and_start(phantom_data: str)
     for left, right, whole in zip(*halves, reference, strict=True):
         together = Arrays._make(None if a is None else np.concatenate([a, b]) for a, b in zip(left, right, strict=True))
         assert same(together, whole)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")  # on two cores
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_data_loader_yields_the_same_batches(phantom_data: str, workers: int) -> None:
+    data, plan = training_data(phantom_data, backend="torch", tasks=workers)
+    stop = plan.steps_per_epoch + 5
+    loaded = list(batches(data, plan, 0, 1, 2, stop))
+    reference = in_one_process(data, plan, 0, 1, 2, stop)
+    assert len(loaded) == len(reference) == stop - 2
+    assert all(map(same, loaded, reference))
+
+
+def test_a_data_loader_of_one_rank_of_two_without_views(phantom_data: str) -> None:
+    data, plan = training_data(phantom_data, backend="torch", augment=False)
+    by_ray, _ = training_data(phantom_data, augment=False)
+    pairs = zip(batches(data, plan, 1, 2, 1, 6), batches(by_ray, plan, 1, 2, 1, 6), strict=True)
+    for left, right in pairs:
+        assert left.strong is None
+        assert all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_a_data_loader_passes_a_users_error_on_as_one_line(phantom_data: str, tmp_path) -> None:
+    copy = shutil.copytree(phantom_data, tmp_path / "data")
+    data, plan = training_data(str(copy), backend="torch")
+    for shard in data.card.shards_of("train"):
+        table = pq.read_table(copy / shard.path)
+        short = pa.array([image[1:] for image in table["image"].to_pylist()], pa.large_binary())
+        table = table.set_column(table.schema.get_field_index("image"), table.schema.field("image"), short)
+        pq.write_table(table, copy / shard.path, row_group_size=max(shard.row_groups))
+    with pytest.raises(UserError, match=r"^an image of the shards is not \d+ x \d+ bytes; prepare .*again$"):
+        list(batches(data, plan, 0, 1, 0, 2))
 
 
 def test_the_observed_label_is_the_draw_over_the_known_positives(phantom_data: str) -> None:

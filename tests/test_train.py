@@ -169,6 +169,15 @@ def test_two_workers_equal_one_at_the_same_global_batch(phantom_data: str, tmp_p
         assert theirs[name] == pytest.approx(ours[name], abs=1e-4), name
 
 
+def test_a_data_loader_trains_the_same_weights(phantom_data: str, tmp_path: Path) -> None:
+    results = []
+    for backend in ("ray", "torch"):
+        run = tiny(data={"backend": backend}, train={"epochs": 1})
+        results.append(train(run, phantom_data, str(tmp_path / backend)))
+    by_ray, by_torch = (load_weights(Path(result.best_checkpoint), "model") for result in results)
+    assert_equal(by_ray, by_torch)
+
+
 def test_a_finished_run_leaves_its_record(phantom_data: str, tmp_path: Path) -> None:
     seen: list[Metrics] = []
 

@@ -31,8 +31,8 @@ class SearchConfig(Config):
     """Seed of the searcher; reproducible only with one trial at a time."""
     keep_trials: Count = 3
     """Best trials whose checkpoints stay on disk."""
-    cpus_for_data: Positive = 1.0
-    """CPUs that trials leave to reading and augmenting."""
+    cpus_for_data: NonNegative = 1.0
+    """CPUs that trials leave to reading and augmenting by Ray Data; 0 will do with data.backend=torch."""
 
 
 class TrackingConfig(Config):

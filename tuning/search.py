@@ -80,7 +80,7 @@ def trial_resources(run: RunConfig) -> dict[str, float]:
     """What a trial asks of Ray: its worker's CPUs and GPU, or, with several workers, nothing but its driver."""
     if run.train.num_workers > 1:
         return {"CPU": 0.01}
-    return {"CPU": run.train.worker_cpus, **({"GPU": 1.0} if run.train.use_gpu else {})}
+    return {"CPU": run.worker_cpus, **({"GPU": 1.0} if run.train.use_gpu else {})}
 
 
 def concurrency(run: RunConfig, config: SearchConfig, resources: dict[str, float]) -> int:
@@ -90,7 +90,7 @@ def concurrency(run: RunConfig, config: SearchConfig, resources: dict[str, float
         UserError: not even one trial fits beside `search.cpus_for_data`.
     """
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    a_trial = run.train.num_workers * run.train.worker_cpus
+    a_trial = run.train.num_workers * run.worker_cpus
     fits = int((cpus - config.cpus_for_data) / a_trial + 1e-9)
     if run.train.use_gpu:
         fits = min(fits, int(gpus / run.train.num_workers))

@@ -77,7 +77,7 @@ def run_cells(
         trial_resources(first),
     )
     param_space = {CELL: tune.grid_search([cell.params() for cell in cells])}
-    limit = concurrency(first, SearchConfig(max_concurrent=concurrent, cpus_for_data=first.data.task_cpus), _cluster())
+    limit = concurrency(first, SearchConfig(max_concurrent=concurrent, cpus_for_data=first.cpus_beside), _cluster())
     tuner = restored(trainable, param_space, out) if storage.exists(storage.join(out, STATE)) else None
     if tuner is None:
         config = tune.TuneConfig(
