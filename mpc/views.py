@@ -1,20 +1,20 @@
 """Weak and strong views of a grey radiograph on the CPU, by albumentations and OpenCV (docs/method.md, 3.1)."""
 
 import math
-import os
 import random
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks the network for a newer version
-
-import albumentations as A
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from mpc.config import RedConfig, StrongConfig, ViewsConfig, WeakConfig
+from mpc.lean import without
 from mpc.red import displacement
 from mpc.strengths import BLUR_SIGMA, BRIGHTNESS, CONTRAST, FILL, REFERENCE_SIDE, ROTATE, SHARPNESS, SHEAR, TRANSLATE
+
+with without("albumentations.pytorch"):  # its torch, unused here, costs each process that augments 1.2 s and 480 MiB
+    import albumentations as A
 
 Image = NDArray[np.uint8]
 

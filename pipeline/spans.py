@@ -89,15 +89,15 @@ class SpanReader:
         share = self.plan.share(span, self.rank, self.world_size)[part]
         if not share.size:
             return
-        rows = read_rows(self.data.uri, self.plan.holding(share.reshape(-1)), share.reshape(-1))
+        size = self.data.card.image_size
+        rows, images = read_rows(self.data.uri, self.plan.holding(share.reshape(-1)), share.reshape(-1), size)
         epoch = span.step // self.plan.steps_per_epoch
-        size = share.shape[1]
-        for start in range(0, len(rows), size):
-            yield self._augmented(rows.slice(start, size), epoch, two_views)
+        length = share.shape[1]
+        for start in range(0, len(rows), length):
+            yield self._augmented(rows.slice(start, length), images[start : start + length], epoch, two_views)
 
-    def _augmented(self, rows: pa.Table, epoch: int, two_views: TwoViews) -> pa.Table:
+    def _augmented(self, rows: pa.Table, images: NDArray[np.uint8], epoch: int, two_views: TwoViews) -> pa.Table:
         numbers = rows["row"].to_numpy()
-        images = images_of(rows["image"], self.data.card.image_size)
         views: list[tuple[NDArray[np.uint8], ...]] = [(image,) for image in images]
         if self.data.augment:
             views = [two_views(image, self._seed(epoch, row)) for image, row in zip(images, numbers, strict=True)]
@@ -118,19 +118,32 @@ class SpanReader:
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def read_rows(uri: str, groups: tuple[RowGroup, ...], wanted: NDArray[np.int64]) -> pa.Table:
-    """The wanted rows in the wanted order; one row group is in memory at a time beside them."""
+def read_rows(
+    uri: str, groups: tuple[RowGroup, ...], wanted: NDArray[np.int64], size: int
+) -> tuple[pa.Table, NDArray[np.uint8]]:
+    """The wanted rows in the wanted order, without their pixels, and these apart as [N, size, size].
+
+    One row group is in memory at a time beside them, and every image is copied to its place at once.
+
+    Args:
+        uri: the data set.
+        groups: row groups that hold the rows, in row order.
+        wanted: [N], row numbers.
+        size: side of the images in pixels.
+    """
+    order = np.argsort(wanted)
+    images = np.empty((len(wanted), size, size), np.uint8)
     parts, files = [], {}
     for group in groups:
         if group.path not in files:
             filesystem, path = storage.resolve(storage.join(uri, group.path))
             files[group.path] = pq.ParquetFile(filesystem.open_input_file(path))
         table = files[group.path].read_row_group(group.number, columns=list(COLUMNS))
-        inside = wanted[(wanted >= group.start) & (wanted < group.start + group.rows)]
-        parts.append(table.take(pa.array(inside - group.start)))
-    rows = pa.concat_tables(parts)
-    position = {row: i for i, row in enumerate(rows["row"].to_pylist())}
-    return rows.take(pa.array([position[row] for row in wanted.tolist()])).combine_chunks()
+        low, high = np.searchsorted(wanted, (group.start, group.start + group.rows), sorter=order)
+        inside = wanted[order[low:high]] - group.start
+        parts.append(table.drop_columns("image").take(pa.array(inside)))
+        images[order[low:high]] = images_of(table["image"], size)[inside]
+    return pa.concat_tables(parts).combine_chunks().take(pa.array(np.argsort(order))), images
 
 
 def images_of(column: pa.Array | pa.ChunkedArray, size: int) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ other (`pipeline.spans`). The tasks run on Ray Data, or, where one machine is al
 (`pipeline.loader`); what they yield is the same.
 """
 
+import gc
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -18,19 +19,20 @@ from ray.data.block import BlockMetadata
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
-from pipeline.loader import loaded
 from pipeline.plan import Plan, Span
 from pipeline.spans import SPAN_ROWS, Arrays, SpanReader, TrainingData, arrays_of
 
 LEG_SPANS = 256  # tasks planned at a time, so that planning never grows with the data set
-BLOCK_BYTES = 4 << 20  # tasks hand out blocks of this size, long before they end
+BLOCK_BYTES = 4 << 20  # tasks hand out blocks of about this size, long before they end
 
 
 def batches(
     data: TrainingData, plan: Plan, rank: int, world_size: int, start_step: int, stop_step: int
 ) -> Iterator[Arrays]:
     """The rank's batches for the global steps [start_step, stop_step), in order, read ahead by `data.backend`."""
-    run = loaded if data.backend == "torch" else _by_ray
+    run = _by_ray
+    if data.backend == "torch":
+        from pipeline.loader import loaded as run  # reading tasks import this module, and have no use for torch
     yield from run(data, plan, rank, world_size, start_step, stop_step)
 
 
@@ -45,7 +47,7 @@ def _by_ray(
         context = DataContext.get_current()
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources(cpu=data.tasks * data.task_cpus)
-        context.target_max_block_size = BLOCK_BYTES
+        context.target_max_block_size = source.block_bytes
         dataset = ray.data.read_datasource(source, override_num_blocks=len(source.spans), num_cpus=data.task_cpus)
         for table in dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=2):
             yield arrays_of(table, data.card.image_size)
@@ -57,24 +59,34 @@ class _Planned(Datasource):  # type: ignore[misc]
     def __init__(self, reader: SpanReader, spans: list[Span]) -> None:
         super().__init__()
         self.reader, self.spans = reader, spans
+        data = reader.data
+        strong_views = data.views.strong.count if data.strong and data.augment else 0
+        self.row_bytes = data.card.image_size**2 * (1 + strong_views)
+        self.share = reader.plan.batch_size // reader.world_size
+
+    @property
+    def block_bytes(self) -> int:
+        """Ray hands out a block once it is larger than this: as soon as it holds so many whole batches.
+
+        A block that ends inside a batch would be cut and put together again, which copies every image twice.
+        """
+        a_batch = self.share * self.row_bytes
+        return int((max(1, BLOCK_BYTES // a_batch) - 0.25) * a_batch)
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         reader = ray.put(self.reader)  # once: a task carries its span alone
-        share = self.reader.plan.batch_size // self.reader.world_size
-        data = self.reader.data
-        strong_views = data.views.strong.count if data.strong and data.augment else 0
-        row_bytes = data.card.image_size**2 * (1 + strong_views)
         return [
-            ReadTask(partial(_read_span, reader, span), BlockMetadata(rows, rows * row_bytes, None, None))
+            ReadTask(partial(_read_span, reader, span), BlockMetadata(rows, rows * self.row_bytes, None, None))
             for span in self.spans
-            if (rows := span.steps * share)
+            if (rows := span.steps * self.share)
         ]
 
 
 def _read_span(reader: "ray.ObjectRef[SpanReader]", span: Span) -> Iterator[pa.Table]:
+    gc.freeze()  # what a process has imported need not be searched for garbage: 5 % of augmenting
     yield from ray.get(reader)(span)
 
 

@@ -1,6 +1,8 @@
 """The training stream against the same work done in one process, and the scan that evaluation reads."""
 
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -141,3 +143,8 @@ def test_extension_types_are_refused_before_a_value_is_read() -> None:
     schema = pa.schema([pa.field("image", pa.binary(), metadata={"ARROW:extension:name": "arrow.py_extension_type"})])
     with pytest.raises(UserError, match="column image"):
         refuse_extension_types(schema, "shard")
+
+
+def test_what_a_reading_task_imports_needs_no_torch() -> None:
+    code = "import sys, pipeline.stream; print('torch' in sys.modules); import albumentations.pytorch"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
