@@ -187,9 +187,7 @@ class HashingSink:
 def _writer(sink: HashingSink, schema: pa.Schema) -> pq.ParquetWriter:
     """Statistics of pixels would hold whole images, and a dictionary of them gains nothing."""
     texts = [name for name in schema.names if pa.types.is_string(schema.field(name).type)]
-    return pq.ParquetWriter(
-        sink, schema, compression="zstd", compression_level=1, use_dictionary=texts, write_statistics=["row", *texts]
-    )
+    return pq.ParquetWriter(sink, schema, compression="lz4", use_dictionary=texts, write_statistics=["row", *texts])
 
 
 def _decoded(
