@@ -128,11 +128,12 @@ def _padding(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_]:
 
 def _colour(dataset: Dataset, photometric: str, stored: NDArray[Any]) -> NDArray[np.float32]:
     """Luma of an RGB picture in [0, 1]; pydicom has already turned YBR into RGB."""
+    bits = int(dataset.BitsStored)
     if photometric == "PALETTE COLOR":
         stored = np.asarray(apply_color_lut(stored, dataset))
+        bits = 8 * stored.dtype.itemsize
     if stored.ndim != 3 or stored.shape[2] != 3:
         raise DicomError("unreadable", "a colour image without three samples a pixel")
-    bits = 8 * stored.dtype.itemsize
     return np.asarray(stored[..., :3].astype(np.float32) @ LUMA / np.float32(2**bits - 1), dtype=np.float32)
 
 
