@@ -9,15 +9,18 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+from imagecodecs import PngError, png_decode
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.dicom import DicomError, read_dicom
+from pipeline.dicom import LUMA, DicomError, read_dicom
 from pipeline.geometry import MAX_PIXELS, Fit, square
 
 Reason = Literal["missing", "denied", "empty", "unsupported", "unreadable", "too_large", "blank"]
 GREY_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 DEPTHS = (8, 10, 12, 14, 16)
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, TypeError, OverflowError, PngError)
+"""What Pillow and libpng raise on files with changed bytes."""
 
 cv2.setNumThreads(0)  # a Ray task owns one core; OpenCV would take all of them
 
@@ -39,9 +42,10 @@ class DecodeError(ValueError):
 def decode(data: bytes, name: str, size: int, fit: Fit, reduce_to: int | None = None) -> NDArray[np.uint8]:
     """Decodes one image to grey uint8 [size, size].
 
-    The kind of file is told by its first bytes, never by `name`. PNG and JPEG of 8 or 16 bits, grey, colour, palette
-    or with alpha (over black), turned as EXIF says; DICOM with one frame, inverted where MONOCHROME1, through rescale
-    and VOI LUT or window. 16-bit values are scaled by the smallest of 8, 10, 12, 14, 16 bits that holds the largest.
+    The kind of file is told by its first bytes, never by `name`. PNG of up to 16 and JPEG of 8 bits, grey, colour,
+    palette or with alpha (over black), turned as EXIF says; DICOM with one frame, inverted where MONOCHROME1, through
+    rescale and VOI LUT or window. 16-bit values are scaled by the smallest of 8, 10, 12, 14, 16 bits that holds the
+    largest.
     The square is made by `fit`, then resized (by area when it shrinks, else linearly), after `reduce_to` if given.
 
     Args:
@@ -81,11 +85,23 @@ def _picture(data: bytes) -> tuple[NDArray[Any], float]:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             _refuse(image)
             image.load()
-            turned = ImageOps.exif_transpose(image)
-            return _grey(turned)
+            upright = ImageOps.exif_transpose(_deep(data, image) if _is_deep_colour(data) else image)
+            return _grey(upright)
+    except UnidentifiedImageError:  # its own words hold an address, another in every process
+        raise DecodeError("unreadable", "a damaged header, or a JPEG of more than 8 bits") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise DecodeError("too_large", f"more than {MAX_PIXELS} pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, TypeError, OverflowError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        struct.error,
+        KeyError,
+        TypeError,
+        OverflowError,
+        PngError,
+    ) as error:
         if isinstance(error, DecodeError):
             raise
         raise DecodeError("unreadable", _one_line(error)) from None
@@ -100,10 +116,29 @@ def _refuse(image: Image.Image) -> None:
         raise DecodeError("unsupported", "an animated PNG")
 
 
+def _is_deep_colour(data: bytes) -> bool:
+    """Whether this is a PNG of 16 bits with colour or alpha, of which Pillow keeps the upper eight."""
+    return data.startswith(b"\x89PNG") and data[24] == 16 and data[25] in (2, 4, 6)
+
+
+def _deep(data: bytes, image: Image.Image) -> Image.Image:
+    """Grey of 16 bits of such a PNG, over black, with the orientation that `image` has."""
+    values = png_decode(data).astype(np.float32)
+    channels = values.shape[2]
+    grey = values[..., :3] @ LUMA if channels >= 3 else values[..., 0]
+    if channels in (2, 4):
+        grey *= values[..., -1] / 65535
+    deep = Image.fromarray(np.rint(grey).astype(np.uint16))
+    deep.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return deep
+
+
 def _grey(image: Image.Image) -> tuple[NDArray[Any], float]:
     """Grey values of any mode that PNG and JPEG files have."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.uint16)
+        if "transparency" in image.info:
+            values[values == image.info["transparency"]] = 0
         largest = int(values.max())
         bits = next(depth for depth in DEPTHS if largest < 2**depth)
         return values, float(2**bits - 1)

@@ -8,9 +8,10 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder, pixel_array
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder
 from pydicom.uid import UID
 
+from pipeline.dicom_codecs import stored_pixels
 from pipeline.geometry import MAX_PIXELS
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as for PNG and JPEG
@@ -43,7 +44,7 @@ def read_dicom(data: bytes) -> tuple[NDArray[Any], float]:
     try:
         dataset = pydicom.dcmread(io.BytesIO(data))
         photometric = _refuse(dataset)
-        stored = pixel_array(dataset)
+        stored = stored_pixels(dataset)
         if photometric in COLOUR:
             return _colour(dataset, photometric, stored), 1.0
         return _monochrome(dataset, photometric, stored)
@@ -58,8 +59,9 @@ def read_dicom(data: bytes) -> tuple[NDArray[Any], float]:
 def _refuse(dataset: Dataset) -> str:
     """Looks at the header before any pixel is decoded; returns the photometric interpretation."""
     if "PixelData" not in dataset:
-        kind = UID(str(dataset.get("SOPClassUID", ""))).name or "unknown class"
-        raise DicomError("unsupported", f"not an image with pixels ({kind})")
+        kind = UID(str(dataset.get("SOPClassUID", "")))
+        known = kind.name if kind.name != kind else "unknown class"  # what is no UID could be any text of the file
+        raise DicomError("unsupported", f"not an image with pixels ({known})")
     if int(dataset.get("NumberOfFrames") or 1) != 1:
         raise DicomError("unsupported", f"{int(dataset.NumberOfFrames)} frames; one is expected")
     rows, columns = int(dataset.Rows), int(dataset.Columns)
@@ -126,11 +128,12 @@ def _padding(dataset: Dataset, stored: NDArray[Any]) -> NDArray[np.bool_]:
 
 def _colour(dataset: Dataset, photometric: str, stored: NDArray[Any]) -> NDArray[np.float32]:
     """Luma of an RGB picture in [0, 1]; pydicom has already turned YBR into RGB."""
+    bits = int(dataset.BitsStored)
     if photometric == "PALETTE COLOR":
         stored = np.asarray(apply_color_lut(stored, dataset))
+        bits = 8 * stored.dtype.itemsize
     if stored.ndim != 3 or stored.shape[2] != 3:
         raise DicomError("unreadable", "a colour image without three samples a pixel")
-    bits = 8 * stored.dtype.itemsize
     return np.asarray(stored[..., :3].astype(np.float32) @ LUMA / np.float32(2**bits - 1), dtype=np.float32)
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from random import SystemRandom
 from uuid import uuid4
 
 import pytest
@@ -16,17 +18,38 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ACCESS_KEY, SECRET_KEY = "test-access", "test-secret"
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """TCP ports that nobody listens on, all different, below the range that outgoing connections take theirs from.
 
+    A port from that range may be taken by any connection, or be given twice, before its server starts.
+    """
+    with ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            probe = stack.enter_context(socket.socket())
+            try:
+                probe.bind(("127.0.0.1", SystemRandom().randrange(12_000, 32_000)))
+            except OSError:
+                continue
+            ports.append(int(probe.getsockname()[1]))
+        return ports
+
+
+def free_port() -> int:
+    """One such port."""
+    return free_ports(1)[0]
+
+
+SERVER_PORTS = (
+    "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
+    "s3.port.grpc", "s3.port.iceberg", "s3.port.lance",
+)  # fmt: skip
+S3_PORT, *OTHER_PORTS = free_ports(1 + len(SERVER_PORTS))
 
 # Ray's workers inherit the environment of the moment in which the cluster starts, so the test server's address is fixed
 # here, long before the server runs. No developer's own account is ever asked.
 os.environ.update(
-    AWS_ENDPOINT_URL=f"http://127.0.0.1:{free_port()}",
+    AWS_ENDPOINT_URL=f"http://127.0.0.1:{S3_PORT}",
     AWS_ACCESS_KEY_ID=ACCESS_KEY,
     AWS_SECRET_ACCESS_KEY=SECRET_KEY,
     AWS_REGION="us-east-1",
@@ -64,12 +87,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     config = folder / "s3.json"
     config.write_text(f'{{"identities": [{{"name": "test", "credentials": {keys}, "actions": ["Admin"]}}]}}')
     endpoint = os.environ["AWS_ENDPOINT_URL"]
-    ports = [f"-{name}={free_port()}" for name in SERVER_PORTS]
+    ports = [f"-{name}={port}" for name, port in zip(SERVER_PORTS, OTHER_PORTS, strict=True)]
     command = [binary, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.config={config}"]
-    command += [f"-s3.port={endpoint.rpartition(':')[2]}", "-master.volumeSizeLimitMB=64", "-volume.max=500", *ports]
+    command += [f"-s3.port={S3_PORT}", "-master.volumeSizeLimitMB=64", "-volume.max=500", *ports]
     command.append("-s3.autoCreateBucket=false")
+    few = os.environ | {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}  # else a bucket takes 7 of the 500 volumes
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=few)
     try:
         wait_for_s3(endpoint, process, folder / "log.txt")
         yield endpoint
@@ -78,18 +102,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait()
 
 
-SERVER_PORTS = (
-    "master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
-    "s3.port.grpc", "s3.port.iceberg", "s3.port.lance",
-)  # fmt: skip
-
-
 def wait_for_s3(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Returns once a bucket can be listed; fails with the server's log after 40 s."""
+    """Returns once an object can be written; fails with the server's log after 40 s."""
     deadline = time.monotonic() + 40
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            s3_client(endpoint).list_buckets()
+            s3_client(endpoint).create_bucket(Bucket="ready")
+            s3_client(endpoint).put_object(Bucket="ready", Key="key", Body=b"1")
         except Exception:  # whatever boto3 makes of a server that is still starting
             time.sleep(0.2)
         else:

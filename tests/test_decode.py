@@ -9,45 +9,16 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
+from pictures import dicom, encoded
 from PIL import Image
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from pydicom.uid import UID
 
 from pipeline.decode import MAX_PIXELS, DecodeError, decode
 from pipeline.pixels import load
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
-
-
-def encoded(image, kind="PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def dicom(pixels, photometric="MONOCHROME2", bits=None, syntax=ExplicitVRLittleEndian, **tags) -> bytes:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
-    meta.TransferSyntaxUID = syntax
-    dataset = FileDataset("x.dcm", {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = SecondaryCaptureImageStorage, meta.MediaStorageSOPInstanceUID
-    dataset.PatientName, dataset.PatientID = "Doe^Jane", "SECRET-4711"
-    dataset.Rows, dataset.Columns = pixels.shape[:2]
-    dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
-    if pixels.ndim == 3:
-        dataset.PlanarConfiguration = 0
-    dataset.PhotometricInterpretation = photometric
-    dataset.BitsAllocated = pixels.dtype.itemsize * 8
-    dataset.BitsStored = bits or dataset.BitsAllocated
-    dataset.HighBit = dataset.BitsStored - 1
-    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
-    dataset.PixelData = pixels.tobytes()
-    for name, value in tags.items():
-        setattr(dataset, name, value)
-    buffer = io.BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
 
 
 def refused(data: bytes, name: str = "x.png", size: int = 8) -> DecodeError:
@@ -195,11 +166,18 @@ def test_reasons_of_dicom_name_no_patient():
     several = dicom(rng.integers(0, 255, (8, 8), dtype=np.uint8), NumberOfFrames=3)
     no_pixels = pydicom.dcmread(io.BytesIO(dicom(RAMP)))
     del no_pixels.PixelData
-    buffer = io.BytesIO()
-    no_pixels.save_as(buffer)
+
+    def without_pixels(of_class: str) -> bytes:
+        buffer = io.BytesIO()
+        no_pixels.SOPClassUID = of_class
+        no_pixels.save_as(buffer)
+        return buffer.getvalue()
+
     cases = {
         several: ("unsupported", "3 frames"),
-        buffer.getvalue(): ("unsupported", "not an image with pixels"),
+        without_pixels(pydicom.uid.ChestCADSRStorage): ("unsupported", "not an image with pixels (Chest CAD SR"),
+        without_pixels(pydicom.uid.GrayscaleSoftcopyPresentationStateStorage): ("unsupported", "(Grayscale Softcopy"),
+        without_pixels("Doe^Jane"): ("unsupported", "(unknown class)"),
         dicom(RAMP, "HSV"): ("unsupported", "photometric"),
         dicom(RAMP, WindowCenter=1, WindowWidth=0): ("unsupported", "width 0"),
         dicom(RAMP, Rows=20_000, Columns=20_000): ("too_large", str(MAX_PIXELS)),
@@ -215,7 +193,12 @@ def test_reasons_of_dicom_name_no_patient():
     ("syntax", "reason", "words"),
     [
         (pydicom.uid.JPEG2000Lossless, "unreadable", "JPEG 2000"),
+        (pydicom.uid.JPEGLosslessSV1, "unreadable", "JPEG Lossless"),
+        (pydicom.uid.HTJ2K, "unreadable", "High-Throughput"),
         (pydicom.uid.MPEG2MPML, "unsupported", "no decoder is installed for transfer syntax MPEG2"),
+        (UID("1.2.840.10008.1.2.4.94"), "unsupported", "no decoder is installed for transfer syntax JPIP"),
+        (UID("1.2.840.10008.1.2.7.1"), "unsupported", "no decoder is installed for transfer syntax SMPTE"),
+        (UID("1.3.46.670589.33.1.4.1"), "unreadable", "unknown transfer syntax"),
     ],
 )
 def test_compressed_dicom_that_cannot_be_decoded_names_its_syntax(syntax, reason, words):

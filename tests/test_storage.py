@@ -1,8 +1,6 @@
 """storage: the same operations on a local folder and on a real S3 server; errors a person can act on."""
 
 import os
-import socket
-import threading
 import time
 from pathlib import Path
 
@@ -135,66 +133,6 @@ def test_secret_is_not_in_the_pickle(s3_server):
     filesystem, _ = storage.resolve("s3://bucket/x")
     assert isinstance(filesystem, pyarrow.fs.S3FileSystem)
     assert os.environ["AWS_SECRET_ACCESS_KEY"].encode() not in pickle.dumps(filesystem)
-
-
-class FlakyProxy:
-    """Forwards TCP connections; the first ones are answered with 503 or dropped in turn."""
-
-    def __init__(self, target: str, failures: int) -> None:
-        self.failures, self.seen = failures, 0
-        host, _, port = target.removeprefix("http://").partition(":")
-        self._target = (host, int(port))
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self._server.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client:
-            head = client.recv(65536)
-            if not head:  # the probe, which sends nothing
-                return
-            self.seen += 1
-            if self.seen <= self.failures:
-                if self.seen % 2:
-                    client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                return
-            with socket.create_connection(self._target) as server:
-                server.sendall(head)
-                back = threading.Thread(target=self._pipe, args=(server, client), daemon=True)
-                back.start()
-                self._pipe(client, server)
-                back.join()
-
-    @staticmethod
-    def _pipe(source: socket.socket, sink: socket.socket) -> None:
-        try:
-            while chunk := source.recv(65536):
-                sink.sendall(chunk)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            return
-
-    def close(self) -> None:
-        self._server.close()
-
-
-def test_throttling_and_dropped_connections_are_retried(bucket):
-    proxy = FlakyProxy(os.environ["AWS_ENDPOINT_URL"], failures=4)
-    try:
-        uri = f"{bucket}/key?endpoint_override={proxy.endpoint}"
-        storage.write_bytes(uri, b"content")
-        assert storage.read_bytes(uri) == b"content"
-        assert proxy.seen > 4
-    finally:
-        proxy.close()
 
 
 def test_denied_local_file_is_told_apart(tmp_path):
