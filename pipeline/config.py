@@ -61,7 +61,7 @@ class PhantomConfig(Config):
 class PrepareConfig(Config):
     """Source to shards."""
 
-    source: Literal["phantom", "nih", "chexpert", "mimic_cxr"] = "phantom"
+    source: Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr"] = "phantom"
     findings: tuple[str, ...] | None = None
     """Findings to keep, in this order; None takes the source's own list."""
     views: Literal["frontal", "all"] = "frontal"

@@ -1,7 +1,7 @@
 """What sources with CSV tables share: headers checked by name, label codes, files against rows, what is left out."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,19 +83,20 @@ def read(uri: str, columns: Sequence[str], optional: Sequence[str] = (), filled:
     return Csv(uri, rows, hashlib.sha256(content).hexdigest())
 
 
-def codes(table: Csv, findings: Sequence[str]) -> NDArray[np.int8]:
-    """Label codes [N, K] of the columns `findings`, as `CODES` reads them.
+def codes(table: Csv, findings: Sequence[str], meaning: Mapping[str, int] = CODES) -> NDArray[np.int8]:
+    """Label codes [N, K] of the columns `findings`, by what each entry means.
 
     Raises:
-        UserError: an entry that is none of them, with its row.
+        UserError: an entry that means nothing, with its row.
     """
     columns = []
     for name in findings:
-        column = mapped(table.rows[name], lambda text: CODES.get(text.strip()), pa.int8())
+        column = mapped(table.rows[name], lambda text: meaning.get(text.strip()), pa.int8())
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
             entry = table.rows[name][row].as_py()
-            raise UserError(f"{table.uri}, row {row + 2}: {name} is {entry!r}; labels are 1, 0, -1 or empty")
+            listed = "1, 0, -1 or empty" if UNCERTAIN in meaning.values() else "1, 0 or empty"
+            raise UserError(f"{table.uri}, row {row + 2}: {name} is {entry!r}; labels are {listed}")
         columns.append(column.to_numpy())
     return np.stack(columns, axis=1)
 
@@ -107,6 +108,18 @@ def mapped(
     encoded = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).dictionary_encode()
     values = pa.array([function(text) for text in encoded.dictionary.to_pylist()], kind or pa.string())
     return values.take(encoded.indices)
+
+
+def once(table: Csv, what: str, values: pa.Array | pa.ChunkedArray) -> None:
+    """Raises UserError that names the two rows of a table in which a value occurs that may occur once."""
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    keys = values.dictionary_encode().indices.to_numpy()
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[which] < np.arange(len(keys)))
+    if len(again):
+        rows = f"rows {first[which][again[0]] + 2} and {again[0] + 2}"
+        more = f" ({len(again)} rows repeat one)" if len(again) > 1 else ""
+        raise UserError(f"{table.uri}, {rows}: the same {what}, {values[again[0]].as_py()!r}{more}; mend the table")
 
 
 def age_band(age: str) -> str | None:
