@@ -58,14 +58,53 @@ class PhantomConfig(Config):
     profile: Literal["dense", "nih"] = "dense"
 
 
+class TableConfig(Config):
+    """Your own table of images (source `table`): its columns by the names they have."""
+
+    file: str | None = None
+    """CSV (.csv, .csv.gz) or Parquet: a path below --root, or an absolute path or URI."""
+    image: str = "image"
+    """Column of the images, paths below --root or URIs."""
+    image_id: str | None = None
+    """Column of the images' ids; None takes the paths."""
+    patient: str = "patient_id"
+    """Column of the patients' ids."""
+    study: str | None = None
+    """Column of the studies' ids."""
+    view: str | None = None
+    """Column of the views; where it is named, prepare.views=frontal leaves lateral and other views out."""
+    split: str | None = None
+    """Column of an official split: train, val (or valid, validate) and test."""
+    sex: str | None = None
+    """Column of the patient's sex, for prepare.strata: M, F or O, or the words."""
+    age: str | None = None
+    """Column of the patient's age in years, for prepare.strata: stored in bands of twenty years."""
+    label_columns: dict[str, str] | None = None
+    """Finding -> the column with its entries: 1, 0, -1 (uncertain), true, false or empty. None, without `labels`, takes
+    the columns that prepare.findings names."""
+    labels: str | None = None
+    """One column that lists the findings of an image; findings that it does not list are blank."""
+    delimiter: Annotated[str, Field(min_length=1)] = "|"
+    """What stands between two findings of `labels`."""
+
+    @model_validator(mode="after")
+    def one_form(self) -> "TableConfig":
+        """Labels are columns or a list, never both."""
+        if self.labels is not None and self.label_columns is not None:
+            raise ValueError("labels and label_columns are two forms of the same labels; give one of them")
+        if self.label_columns is not None and not self.label_columns:
+            raise ValueError("label_columns names no finding; write FINDING: COLUMN for each")
+        return self
+
+
 class PrepareConfig(Config):
     """Source to shards."""
 
-    source: Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr"] = "phantom"
+    source: Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr", "table"] = "phantom"
     findings: tuple[str, ...] | None = None
     """Findings to keep, in this order; None takes the source's own list."""
     views: Literal["frontal", "all"] = "frontal"
-    """CheXpert and MIMIC-CXR: frontal radiographs alone, or lateral and other views as well."""
+    """Where views are told: frontal radiographs alone, or lateral and other views as well."""
     official_test: Literal["valid", "test"] | None = None
     """CheXpert: the official list that becomes the test split; the other one is left out. None takes `test` where there
     is a test.csv, else `valid`. With split.by=hash both are left out."""
@@ -82,6 +121,10 @@ class PrepareConfig(Config):
     policy: PolicyConfig = PolicyConfig()
     split: SplitConfig = SplitConfig()
     phantom: PhantomConfig = PhantomConfig()
+    table: TableConfig = TableConfig()
+    key_file: str | None = None
+    """Source `table`: file, local or s3://, with the secret key of the hashes that stand for ids; None
+    takes the environment variable MPC_CXR_ID_KEY. The key itself is never a setting."""
     shard_mib: Annotated[float, Field(gt=0, le=1024)] = 128.0
     """Size of a shard in MiB before compression."""
     row_group: Annotated[int, Field(ge=1, le=256)] = 256

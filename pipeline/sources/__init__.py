@@ -11,9 +11,11 @@ from mpc.errors import UserError
 from pipeline import storage
 from pipeline.config import PrepareConfig
 from pipeline.manifest import STRATA, SourceTable, check_unique, keep_findings, source_schema
-from pipeline.sources import chexpert, mimic_cxr, nih, phantom, vindr
+from pipeline.sources import chexpert, mimic_cxr, nih, phantom, table, vindr
 from pipeline.sources.tables import quarantine
 
+PRIVATE = frozenset({"table"})
+"""Sources whose ids are a hospital's own; those of public collections are pseudonyms already."""
 Roots = str | Sequence[str] | None
 """Where a collection lies: a folder or s3:// URI, several of them, or None for the synthetic source."""
 
@@ -25,6 +27,9 @@ _READERS: dict[str, Callable[[PrepareConfig, str], SourceTable]] = {
     ),
     "mimic_cxr": lambda config, root: mimic_cxr.source(root, views=config.views, labeler=config.labeler),
     "vindr": lambda _, root: vindr.source(root),
+    "table": lambda config, root: table.source(
+        root, columns=config.table, findings=config.findings, views=config.views
+    ),
 }
 """What lies in one root, by `prepare.source`."""
 
