@@ -59,16 +59,16 @@ class PhantomConfig(Config):
 
 
 class TableConfig(Config):
-    """Your own table of images (source `table`): its columns by the names they have."""
+    """Your own table of images (source `table`) or of labels (source `dicom`): its columns by the names they have."""
 
     file: str | None = None
     """CSV (.csv, .csv.gz) or Parquet: a path below --root, or an absolute path or URI."""
     image: str = "image"
-    """Column of the images, paths below --root or URIs."""
+    """Column of the images, paths below --root or URIs; for source `dicom` the values that prepare.dicom.key names."""
     image_id: str | None = None
     """Column of the images' ids; None takes the paths."""
     patient: str = "patient_id"
-    """Column of the patients' ids."""
+    """Column of the patients' ids; source `dicom` takes them from the headers instead."""
     study: str | None = None
     """Column of the studies' ids."""
     view: str | None = None
@@ -97,10 +97,21 @@ class TableConfig(Config):
         return self
 
 
+class DicomConfig(Config):
+    """A folder of DICOM files, with labels in the table that `prepare.table` describes."""
+
+    key: Literal["sop_instance_uid", "study_instance_uid", "patient_id", "accession_number", "file"] = (
+        "sop_instance_uid"
+    )
+    """What the table's column prepare.table.image holds: a value of the header, or the file's path below --root."""
+    modalities: tuple[str, ...] = ("CR", "DX", "RG")
+    """Modalities that are radiographs; files of others are left out."""
+
+
 class PrepareConfig(Config):
     """Source to shards."""
 
-    source: Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr", "table"] = "phantom"
+    source: Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr", "table", "dicom"] = "phantom"
     findings: tuple[str, ...] | None = None
     """Findings to keep, in this order; None takes the source's own list."""
     views: Literal["frontal", "all"] = "frontal"
@@ -122,8 +133,9 @@ class PrepareConfig(Config):
     split: SplitConfig = SplitConfig()
     phantom: PhantomConfig = PhantomConfig()
     table: TableConfig = TableConfig()
+    dicom: DicomConfig = DicomConfig()
     key_file: str | None = None
-    """Source `table`: file, local or s3://, with the secret key of the hashes that stand for ids; None
+    """Sources `table` and `dicom`: file, local or s3://, with the secret key of the hashes that stand for ids; None
     takes the environment variable MPC_CXR_ID_KEY. The key itself is never a setting."""
     shard_mib: Annotated[float, Field(gt=0, le=1024)] = 128.0
     """Size of a shard in MiB before compression."""

@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]
 FEWEST_SHARDS = 8
 """Small splits are still cut into this many shards where row groups allow it: work for several tasks."""
 RECORDED_VERSIONS = ("mpc-cxr", "ray", "pyarrow", "numpy", "opencv-python-headless", "pillow", "pydicom")
-NOT_IN_PLAN = {"max_bad", "task_cpus", "key_file"}
+NOT_IN_PLAN: dict[str, bool | set[str]] = {"max_bad": True, "task_cpus": True, "key_file": True, "table": {"file"}}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from mpc.errors import MissingError, UserError
 from pipeline import identity, storage
 from pipeline.config import PrepareConfig
 from pipeline.shards import prepare, survey
+from pipeline.sources import PRIVATE
 
 TEXT = "4711"
 
@@ -75,7 +76,7 @@ def test_keys_of_a_wrong_length(tmp_path, content, words):
     assert "sesame" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["table"])
+@pytest.mark.parametrize("source", sorted(PRIVATE))
 def test_no_key_is_told_before_anything_is_read(tmp_path, monkeypatch, source):
     monkeypatch.delenv(identity.VARIABLE, raising=False)
     words = r"stored as keyed hashes, and there is no key; make one with `openssl rand -hex 32 > FILE` and name that"

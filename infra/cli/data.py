@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeline.card import DatasetCard, SplitCounts
 
 Source = Annotated[
-    Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr", "table"] | None,
+    Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr", "table", "dicom"] | None,
     typer.Option("--source", help="Where images come from: sets prepare.source. phantom is synthetic."),
 ]
 Root = Annotated[

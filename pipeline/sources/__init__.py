@@ -11,10 +11,10 @@ from mpc.errors import UserError
 from pipeline import storage
 from pipeline.config import PrepareConfig
 from pipeline.manifest import STRATA, SourceTable, check_unique, keep_findings, source_schema
-from pipeline.sources import chexpert, mimic_cxr, nih, phantom, table, vindr
+from pipeline.sources import chexpert, dicom_folder, mimic_cxr, nih, phantom, table, vindr
 from pipeline.sources.tables import quarantine
 
-PRIVATE = frozenset({"table"})
+PRIVATE = frozenset({"table", "dicom"})
 """Sources whose ids are a hospital's own; those of public collections are pseudonyms already."""
 Roots = str | Sequence[str] | None
 """Where a collection lies: a folder or s3:// URI, several of them, or None for the synthetic source."""
@@ -29,6 +29,15 @@ _READERS: dict[str, Callable[[PrepareConfig, str], SourceTable]] = {
     "vindr": lambda _, root: vindr.source(root),
     "table": lambda config, root: table.source(
         root, columns=config.table, findings=config.findings, views=config.views
+    ),
+    "dicom": lambda config, root: dicom_folder.source(
+        root,
+        table=config.table,
+        dicom=config.dicom,
+        findings=config.findings,
+        views=config.views,
+        strata=config.strata,
+        task_cpus=config.task_cpus,
     ),
 }
 """What lies in one root, by `prepare.source`."""
