@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from mpc.config import Config, MethodConfig, Positive, Share
 
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class SplitConfig(Config):
@@ -79,12 +80,12 @@ class TableConfig(Config):
     """Column of the patient's sex, for prepare.strata: M, F or O, or the words."""
     age: str | None = None
     """Column of the patient's age in years, for prepare.strata: stored in bands of twenty years."""
-    label_columns: dict[str, str] | None = None
+    label_columns: dict[Name, Name] | None = None
     """Finding -> the column with its entries: 1, 0, -1 (uncertain), true, false or empty. None, without `labels`, takes
     the columns that prepare.findings names."""
-    labels: str | None = None
+    labels: Name | None = None
     """One column that lists the findings of an image; findings that it does not list are blank."""
-    delimiter: Annotated[str, Field(min_length=1)] = "|"
+    delimiter: Name = "|"
     """What stands between two findings of `labels`."""
 
     @model_validator(mode="after")

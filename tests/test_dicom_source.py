@@ -133,7 +133,7 @@ def test_reasons_by_hand(tmp_path):
     ]  # fmt: skip
     unusable = survey(config_of(split=ANY), str(root)).unusable
     assert unusable == {"unsupported": 1, "unreadable": 2, "no_patient": 1, "missing": 1}
-    everything = opened(root, dicom={"modalities": ("CR", "DX", "RG", "CT")}, views="all")
+    everything = opened(root, dicom={"modalities": ("cr", "DX", "RG", "CT")}, views="all")
     assert set(everything.table["view"].to_pylist()) == {"PA", "LL", "", "AP", "RLD", "OTHER"}
     assert "1.2.4.1" in everything.table["image_id"].to_pylist()
 
@@ -205,6 +205,8 @@ def test_headers_of_many_files_keep_their_order(tmp_path, monkeypatch):
     assert found["uri"].to_pylist() == uris
     assert found["SOPInstanceUID"].to_pylist() == [f"1.2.{number}" for number in range(8)] + [""]
     assert found["reason"].to_pylist() == [""] * 8 + ["missing"]
+    with pytest.raises(UserError, match=r"^ftp://pacs/1: unknown scheme; give a local path, file:// or s3://$"):
+        headers.read_headers([*uris, "ftp://pacs/1"], ["Modality"], 1.0)
 
 
 def test_only_named_values_are_read():

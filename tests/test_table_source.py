@@ -125,6 +125,7 @@ TYPED = {
     "Pfad": pa.array([row[0] for row in ROWS]).dictionary_encode(),
     "Bild-Nr": pa.array([1, 2, 3, 4], pa.int64()),
     "Patient": pa.array([7001.0, 7001.0, 7002.0, 7003.0]),
+    "Fall": pa.array(["a", None, "c", "d"], pa.string_view()),
     "edema_gt": pa.array([True, None, True, False]),
     "mass_gt": pa.array([0.0, float("nan"), -1.0, 1.0]),
 }
@@ -133,7 +134,8 @@ TYPED = {
 def test_parquet(tmp_path):
     collection(tmp_path)
     pq.write_table(pa.table(TYPED), tmp_path / "labels.bin")
-    source = opened(tmp_path, {"file": "labels.bin", "study": None, "split": None})
+    source = opened(tmp_path, {"file": "labels.bin", "split": None})
+    assert source.table["study_id"].to_pylist() == ["a", "", "c", "d"]
     assert source.table["image_id"].to_pylist() == ["1", "2", "3", "4"]
     assert source.table["patient_id"].to_pylist() == ["7001", "7001", "7002", "7003"]
     expected = [[POSITIVE, NEGATIVE], [BLANK, BLANK], [POSITIVE, UNCERTAIN], [NEGATIVE, POSITIVE]]
@@ -255,6 +257,7 @@ def test_faults_of_the_settings_are_one_line(tmp_path, table, words):
         ({"labels": "Liste"}, "labels and label_columns are two forms of the same labels; give one of them"),
         ({"label_columns": {}}, "label_columns names no finding; write FINDING: COLUMN for each"),
         ({"delimiter": ""}, "at least 1 character"),
+        ({"label_columns": {"": "edema_gt"}}, "at least 1 character"),
     ],
 )
 def test_settings_that_contradict_themselves(table, words):

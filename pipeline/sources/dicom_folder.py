@@ -139,7 +139,8 @@ def _left_out(
 ) -> list[LeftOut]:
     """Why files do not become images, most important first; of files that else would, the first of an image stays."""
     modality = pc.utf8_upper(read["Modality"])
-    foreign = ~np.asarray(pc.is_in(modality, value_set=pa.array(dicom.modalities, pa.string())))
+    wanted = pa.array([name.upper() for name in dicom.modalities], pa.string())
+    foreign = ~np.asarray(pc.is_in(modality, value_set=wanted))
     reasons = [
         LeftOut(foreign, "other_modality", f"its Modality is none of {', '.join(dicom.modalities)}"),
         *tables.unwanted_views(view, views),

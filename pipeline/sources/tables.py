@@ -145,8 +145,9 @@ def _plain(kind: pa.DataType) -> bool:
     """Whether a type is text, number, boolean, empty, or a category of such."""
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_floating)
-    return any(test(kind) for test in (*tests, pa.types.is_boolean, pa.types.is_null))
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    return any(test(kind) for test in (*texts, *numbers))
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
