@@ -168,8 +168,8 @@ def test_split_and_strata_from_the_table_before_the_header(tmp_path):
         (
             "1.2.3.",
             "2.25.",
-            r"no image of labels.csv lies under .*: DICOM files of radiographs; all rows are left out \(lateral 1, "
-            r"no_labels 3\)",
+            r"no image of labels.csv lies under .*: expected DICOM files whose sop_instance_uid is in column key; all "
+            r"rows are left out \(lateral 1, no_labels 3\)",
         ),
     ],
 )

@@ -70,7 +70,8 @@ def source(
     uris = read["uri"].combine_chunks()
     name = storage.name(told.table.uri)
     left_out = _left_out(read, view, row, views, dicom)
-    stays, quarantine = tables.sift(uris, uris, name, f"{root}: DICOM files of radiographs", left_out)
+    layout = f"{root}: expected DICOM files whose {dicom.key} is in column {table.image}"
+    stays, quarantine = tables.sift(uris, uris, name, layout, left_out)
     row, view, read = row.filter(stays), view.filter(stays), read.filter(stays)
     columns: dict[str, Column] = {kind: read[keyword] for kind, keyword in IDS.items()}
     columns |= {"uri": read["uri"], "view": pc.if_else(pc.is_in(view, value_set=pa.array(VIEWS)), view, OTHER)}
