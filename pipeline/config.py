@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from mpc.config import Config, MethodConfig, Positive, Share
 
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class SplitConfig(Config):
@@ -86,14 +87,64 @@ class PhantomConfig(Config):
     profile: Literal["dense", "nih"] = "dense"
 
 
+class TableConfig(Config):
+    """Your own table of images (source `table`) or of labels (source `dicom`): its columns by the names they have."""
+
+    file: str | None = None
+    """CSV (.csv, .csv.gz) or Parquet: a path below --root, or an absolute path or URI."""
+    image: str = "image"
+    """Column of the images, paths below --root or URIs; for source `dicom` the values that prepare.dicom.key names."""
+    image_id: str | None = None
+    """Column of the images' ids; None takes the paths."""
+    patient: str = "patient_id"
+    """Column of the patients' ids; source `dicom` takes them from the headers instead."""
+    study: str | None = None
+    """Column of the studies' ids."""
+    view: str | None = None
+    """Column of the views; where it is named, prepare.views=frontal leaves lateral and other views out."""
+    split: str | None = None
+    """Column of an official split: train, val (or valid, validate) and test."""
+    sex: str | None = None
+    """Column of the patient's sex, for prepare.strata: M, F or O, or the words."""
+    age: str | None = None
+    """Column of the patient's age in years, for prepare.strata: stored in bands of twenty years."""
+    label_columns: dict[Name, Name] | None = None
+    """Finding -> the column with its entries: 1, 0, -1 (uncertain), true, false or empty. None, without `labels`, takes
+    the columns that prepare.findings names."""
+    labels: Name | None = None
+    """One column that lists the findings of an image; findings that it does not list are blank."""
+    delimiter: Name = "|"
+    """What stands between two findings of `labels`."""
+
+    @model_validator(mode="after")
+    def one_form(self) -> "TableConfig":
+        """Labels are columns or a list, never both."""
+        if self.labels is not None and self.label_columns is not None:
+            raise ValueError("labels and label_columns are two forms of the same labels; give one of them")
+        if self.label_columns is not None and not self.label_columns:
+            raise ValueError("label_columns names no finding; write FINDING: COLUMN for each")
+        return self
+
+
+class DicomConfig(Config):
+    """A folder of DICOM files, with labels in the table that `prepare.table` describes."""
+
+    key: Literal["sop_instance_uid", "study_instance_uid", "patient_id", "accession_number", "file"] = (
+        "sop_instance_uid"
+    )
+    """What the table's column prepare.table.image holds: a value of the header, or the file's path below --root."""
+    modalities: tuple[str, ...] = ("CR", "DX", "RG")
+    """Modalities that are radiographs; files of others are left out."""
+
+
 class PrepareConfig(Config):
     """Source to shards."""
 
-    source: Literal["phantom", "nih", "chexpert", "mimic_cxr"] = "phantom"
+    source: Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr", "table", "dicom"] = "phantom"
     findings: tuple[str, ...] | None = None
     """Findings to keep, in this order; None takes the source's own list."""
     views: Literal["frontal", "all"] = "frontal"
-    """CheXpert and MIMIC-CXR: frontal radiographs alone, or lateral and other views as well."""
+    """Where views are told: frontal radiographs alone, or lateral and other views as well."""
     official_test: Literal["valid", "test"] | None = None
     """CheXpert: the official list that becomes the test split; the other one is left out. None takes `test` where there
     is a test.csv, else `valid`. With split.by=hash both are left out."""
@@ -110,6 +161,11 @@ class PrepareConfig(Config):
     policy: PolicyConfig = PolicyConfig()
     split: SplitConfig = SplitConfig()
     phantom: PhantomConfig = PhantomConfig()
+    table: TableConfig = TableConfig()
+    dicom: DicomConfig = DicomConfig()
+    key_file: str | None = None
+    """Sources `table` and `dicom`: file, local or s3://, with the secret key of the hashes that stand for ids; None
+    takes the environment variable MPC_CXR_ID_KEY. The key itself is never a setting."""
     shard_mib: Annotated[float, Field(gt=0, le=1024)] = 128.0
     """Size of a shard in MiB before compression."""
     row_group: Annotated[int, Field(ge=1, le=256)] = 256

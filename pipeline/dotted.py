@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -35,7 +35,14 @@ def check_path(model: type[BaseModel], path: str, where: str) -> None:
         field = section.model_fields.get(part) if section is not None else None
         if field is None:
             raise UserError(f"unknown key {path} in {where}; {suggestion(model, path)}")
+        if _is_mapping(field.annotation):  # what follows are the user's own names
+            return
         section = section_of(field.annotation)
+
+
+def _is_mapping(annotation: Any) -> bool:
+    """Whether a field takes a mapping (also `dict[...] | None`)."""
+    return get_origin(annotation) is dict or any(get_origin(part) is dict for part in get_args(annotation))
 
 
 def suggestion(model: type[BaseModel], path: str) -> str:

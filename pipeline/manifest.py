@@ -21,7 +21,9 @@ STRATA = ("sex", "age_band")
 TEXT_COLUMNS = ("image_id", "patient_id", "study_id", "view", "uri")
 Column: TypeAlias = Sequence[str | None] | pa.Array | pa.ChunkedArray
 """Texts of a column: a sequence, or what Arrow already holds."""
-LEFT_OUT = frozenset({"duplicate", "lateral", "other_view", "no_labels", "official_valid", "official_test"})
+LEFT_OUT = frozenset(
+    {"duplicate", "lateral", "other_view", "other_modality", "no_labels", "official_valid", "official_test"}
+)
 """Quarantine reasons of entries that are not wanted, rather than not usable: `prepare.max_bad` does not count them."""
 QUARANTINE_SCHEMA = pa.schema([("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpc.errors import UserError
-from pipeline import near, policy, shard_file, split, storage, tasks
+from pipeline import identity, near, policy, shard_file, split, storage, tasks
 from pipeline.card import (
     CARD_FILE,
     NEAR_FILE,
@@ -38,14 +38,16 @@ from pipeline.card import (
 from pipeline.config import PrepareConfig, SplitConfig
 from pipeline.manifest import LEFT_OUT, QUARANTINE_SCHEMA, SourceTable, check, matrix
 from pipeline.shard_file import WORK_FOLDER, ShardJob, ShardRecord
-from pipeline.sources import Roots, open_source
+from pipeline.sources import PRIVATE, Roots, open_source
 
 Progress = Callable[[int, int], None]
 """Called with (images done, images in all) whenever a shard is finished."""
 FEWEST_SHARDS = 8
 """Small splits are still cut into this many shards where row groups allow it: work for several tasks."""
 RECORDED_VERSIONS = ("mpc-cxr", "ray", "pyarrow", "numpy", "opencv-python-headless", "pillow", "pydicom")
-NOT_IN_PLAN: Any = {"max_bad": True, "task_cpus": True, "split": {"file"}}
+NOT_IN_PLAN: dict[str, bool | set[str]] = {
+    "max_bad": True, "task_cpus": True, "key_file": True, "table": {"file"}, "split": {"file"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Survey:
     """Everything that is known before the first pixel is decoded."""
 
     source: SourceTable
+    """As it was read, with its own ids: it stays in memory."""
     manifest: pa.Table
     """In row order: train, val, test, unlabelled; inside each by the hash of the image id."""
     raw_labels: dict[str, RawCounts]
@@ -68,12 +71,17 @@ class Survey:
 def survey(config: PrepareConfig, roots: Roots) -> Survey:
     """Source, policy and split, without decoding or writing anything.
 
+    The manifest holds keyed hashes in place of the ids of a private source. They come after the split, which so does
+    not depend on the key, and whose errors name the user's own ids.
+
     Raises:
-        UserError: whatever is wrong with source, policy or split.
+        UserError: whatever is wrong with source, policy, split or key.
     """
+    key = identity.find_key(config.key_file) if config.source in PRIVATE else None
     source = open_source(config, roots)
     table, codes = policy.apply(source, config.policy)
-    manifest = _ordered(split.set_apart(split.assign(table, config.split)))
+    table = split.set_apart(split.assign(table, config.split))
+    manifest = _ordered(identity.hidden(table, key) if key else table)
     if config.split.file:
         listed = hashlib.sha256(storage.read_bytes(config.split.file)).hexdigest()
         source = replace(source, digests=source.digests | {"split": listed})

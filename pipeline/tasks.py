@@ -1,4 +1,4 @@
-"""Runs shard jobs as Ray Data tasks, one block and so one task a shard; task arguments are text and plain bytes."""
+"""Runs jobs as Ray Data tasks, one block and so one task a job; arguments of tasks are text and plain bytes."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,22 @@ def renumber_task(item: Item) -> Item:
 
 
 def run(task: Callable[[Item], Item], items: Sequence[Item], cpus: float) -> Iterator[ShardRecord]:
-    """Yields each shard's record as soon as its task ends, in any order; starts Ray if nobody has.
+    """Yields each shard's record as soon as its task ends, in any order.
+
+    Raises:
+        UserError: as `results`.
+    """
+    for row in results(task, items, cpus):
+        yield ShardRecord.model_validate_json(row["record"])
+
+
+def results(task: Callable[[Item], Item], items: Sequence[Item], cpus: float) -> Iterator[Item]:
+    """Yields what each task returns as soon as it ends, in any order; starts Ray if nobody has.
+
+    Args:
+        task: returns a row whose `error` is "" or the line of a UserError.
+        items: one a task.
+        cpus: what each task asks of Ray.
 
     Raises:
         UserError: a task met one (its first line is passed on), or no machine offers `cpus`.
@@ -57,7 +72,7 @@ def run(task: Callable[[Item], Item], items: Sequence[Item], cpus: float) -> Ite
     for row in dataset.iter_rows():
         if row["error"]:
             raise UserError(row["error"])
-        yield ShardRecord.model_validate_json(row["record"])
+        yield row
 
 
 def _reported(work: Callable[[], ShardRecord]) -> Item:

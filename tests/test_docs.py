@@ -48,8 +48,17 @@ def configured(path: tuple[str, ...], context: typer.Context) -> object:
     return read(context.params.get("config"), context.params.get("set_") or [])
 
 
+def write_files(page: str, folder: Path) -> None:
+    """The settings that a page shows: every YAML block that opens with a comment, which names its file."""
+    for owner, text in blocks("yaml"):
+        if owner == page and (named := re.match(r"# (\S+\.yaml)\n", text)):
+            (folder / named[1]).write_text(text)
+
+
 @pytest.mark.parametrize(("page", "call"), calls())
-def test_documented_commands_parse(page: str, call: str) -> None:
+def test_documented_commands_parse(page: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
     arguments = shlex.split(call, comments=True)
     path, command = max((found for found in verbs(COMMAND) if arguments[: len(found[0])] == list(found[0])), key=len)
     context = command.make_context(" ".join(path), arguments[len(path) :])  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.shards import Survey
 
 Source = Annotated[
-    Literal["phantom", "nih", "chexpert", "mimic_cxr"] | None,
+    Literal["phantom", "nih", "chexpert", "mimic_cxr", "vindr", "table", "dicom"] | None,
     typer.Option("--source", help="Where images come from: sets prepare.source. phantom is synthetic."),
 ]
 Root = Annotated[

@@ -1,6 +1,6 @@
 """Collections of radiographs, each read into one source table."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +11,36 @@ from mpc.errors import UserError
 from pipeline import storage
 from pipeline.config import PrepareConfig
 from pipeline.manifest import STRATA, SourceTable, check_unique, keep_findings, source_schema
+from pipeline.sources import chexpert, dicom_folder, mimic_cxr, nih, phantom, table, vindr
 from pipeline.sources.tables import quarantine
 
+PRIVATE = frozenset({"table", "dicom"})
+"""Sources whose ids are a hospital's own; those of public collections are pseudonyms already."""
 Roots = str | Sequence[str] | None
 """Where a collection lies: a folder or s3:// URI, several of them, or None for the synthetic source."""
+
+_READERS: dict[str, Callable[[PrepareConfig, str], SourceTable]] = {
+    "phantom": lambda config, _: phantom.source(config.phantom),
+    "nih": lambda _, root: nih.source(root),
+    "chexpert": lambda config, root: chexpert.source(
+        root, views=config.views, official_test=config.official_test, by_hash=config.split.by == "hash"
+    ),
+    "mimic_cxr": lambda config, root: mimic_cxr.source(root, views=config.views, labeler=config.labeler),
+    "vindr": lambda _, root: vindr.source(root),
+    "table": lambda config, root: table.source(
+        root, columns=config.table, findings=config.findings, views=config.views
+    ),
+    "dicom": lambda config, root: dicom_folder.source(
+        root,
+        table=config.table,
+        dicom=config.dicom,
+        findings=config.findings,
+        views=config.views,
+        strata=config.strata,
+        task_cpus=config.task_cpus,
+    ),
+}
+"""What lies in one root, by `prepare.source`."""
 
 
 def open_source(config: PrepareConfig, roots: Roots) -> SourceTable:
@@ -40,28 +66,13 @@ def open_source(config: PrepareConfig, roots: Roots) -> SourceTable:
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
         raise UserError(f"--root {twice} is given twice; name each folder once")
-    source = _together([_conform(_read(config, place)) for place in places or [""]])
-    return keep_findings(source, config.findings or source.default_findings or source.findings)
+    return _together([_read(config, place) for place in places or [""]])
 
 
 def _read(config: PrepareConfig, root: str) -> SourceTable:
-    """What lies in one root, by the reader of `config.source`."""
-    if config.source == "phantom":
-        from pipeline.sources import phantom
-
-        return phantom.source(config.phantom)
-    if config.source == "chexpert":
-        from pipeline.sources import chexpert
-
-        by_hash = config.split.by == "hash"
-        return chexpert.source(root, views=config.views, official_test=config.official_test, by_hash=by_hash)
-    if config.source == "mimic_cxr":
-        from pipeline.sources import mimic_cxr
-
-        return mimic_cxr.source(root, views=config.views, labeler=config.labeler)
-    from pipeline.sources import nih
-
-    return nih.source(root)
+    """What lies in one root, with the findings that are asked for."""
+    source = _conform(_READERS[config.source](config, root))
+    return keep_findings(source, config.findings or source.default_findings or source.findings)
 
 
 def _conform(source: SourceTable) -> SourceTable:
@@ -77,6 +88,8 @@ def _together(sources: Sequence[SourceTable]) -> SourceTable:
     first = sources[0]
     if len(sources) == 1:
         return first
+    if any(source.findings != first.findings for source in sources):
+        raise UserError("the tables of the roots name different findings; give the same ones in each")
     table = pa.concat_tables([source.table for source in sources], promote_options="default").combine_chunks()
     ids = table["image_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     _, earliest, which = np.unique(ids, return_index=True, return_inverse=True)

@@ -1,13 +1,14 @@
 """What sources with CSV tables share: headers checked by name, label codes, files against rows, what is left out."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mpc.errors import MissingError, UserError
@@ -18,6 +19,9 @@ CODES = {
     "1.0": POSITIVE, "1": POSITIVE, "0.0": NEGATIVE, "0": NEGATIVE, "-1.0": UNCERTAIN, "-1": UNCERTAIN, "": BLANK,
 }  # fmt: skip
 """How label tables of the CheXpert family write an entry."""
+FRONTAL = ("", "AP", "PA", "FRONTAL")
+"""Views that count as frontal; one that is not told does, since most radiographs are."""
+LATERAL = ("LATERAL", "LAT", "LL", "RL", "LLD", "RLD", "XTABLE LATERAL")
 
 
 class Csv(NamedTuple):
@@ -28,6 +32,12 @@ class Csv(NamedTuple):
     """The columns that were asked for, all of them text; an empty cell is ""."""
     digest: str
     """Hexadecimal SHA-256 of the file."""
+    above: int = 1
+    """Lines above the first row: the header of a CSV file, none of a Parquet file."""
+
+    def row(self, position: int) -> int:
+        """The number under which a person finds a row, from 1."""
+        return position + self.above + 1
 
 
 class LeftOut(NamedTuple):
@@ -52,50 +62,115 @@ def find(root: str, names: Sequence[str], what: str) -> str:
     raise MissingError(f"{root} holds no {what}; expected {' or '.join(names)}")
 
 
-def read(uri: str, columns: Sequence[str], optional: Sequence[str] = (), filled: Sequence[str] = ()) -> Csv:
-    """Reads `columns`, and those of `optional` that are there, by name and as text; `.gz` is unpacked.
+def read(
+    uri: str, columns: Sequence[str], optional: Sequence[str] = (), filled: Sequence[str] = (), remedy: str = ""
+) -> Csv:
+    """Reads `columns`, and those of `optional` that are there, by name and as text; CSV, packed (.gz) or not, Parquet.
+
+    Args:
+        uri: the file; Parquet is told by its first bytes.
+        columns: names that the header must have.
+        optional: names that it may have.
+        filled: columns without empty cells.
+        remedy: what to do about missing columns, for the message.
 
     Raises:
-        UserError: missing columns (named, with what was found), an unreadable file, no rows, an empty cell in a column
-            of `filled`.
+        UserError: missing columns (named, with what was found), one that is there twice, an unreadable file, a type
+            that is neither text nor number, no rows, an empty cell in a column of `filled`.
     """
     content = storage.read_bytes(uri)
-    stream: pa.NativeFile = pa.BufferReader(content)
-    if storage.name(uri).endswith(".gz"):
-        stream = pa.CompressedInputStream(stream, "gzip")
+    parquet = content.startswith(b"PAR1")
     try:
-        raw = stream.read()
-        header = pa.csv.open_csv(pa.BufferReader(raw)).schema.names
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise UserError(f"{uri} lacks the column(s) {', '.join(missing)}; its header has {', '.join(header)}")
-        wanted = [name for name in dict.fromkeys((*columns, *optional)) if name in header]
-        convert = pa.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()))
-        rows = pa.csv.read_csv(pa.BufferReader(raw), convert_options=convert)
-    except (pa.ArrowInvalid, OSError) as error:
+        raw = content if parquet else _unpacked(uri, content)
+        schema = pq.read_schema(pa.BufferReader(raw)) if parquet else pa.csv.open_csv(pa.BufferReader(raw)).schema
+        wanted = _wanted(uri, schema.names, columns, optional, remedy)
+        rows = _parquet(uri, raw, schema, wanted) if parquet else _csv(raw, wanted)
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{uri} is not a readable table: {' '.join(str(error).split())[:200]}") from None
     if not len(rows):
         raise UserError(f"{uri} has a header but no rows; give the whole table")
+    table = Csv(uri, rows, hashlib.sha256(content).hexdigest(), above=0 if parquet else 1)
     for name in filled:
         blank = pc.index(pc.equal(pc.utf8_trim_whitespace(rows[name]), ""), True).as_py()
         if blank >= 0:
-            raise UserError(f"{uri}, row {blank + 2}: {name} is empty; mend the table")
-    return Csv(uri, rows, hashlib.sha256(content).hexdigest())
+            raise UserError(f"{uri}, row {table.row(blank)}: {name} is empty; mend the table")
+    return table
 
 
-def codes(table: Csv, findings: Sequence[str]) -> NDArray[np.int8]:
-    """Label codes [N, K] of the columns `findings`, as `CODES` reads them.
+def _unpacked(uri: str, content: bytes) -> bytes:
+    """The bytes of a CSV file."""
+    stream: pa.NativeFile = pa.BufferReader(content)
+    if storage.name(uri).endswith(".gz"):
+        stream = pa.CompressedInputStream(stream, "gzip")
+    return bytes(stream.read())
+
+
+def _wanted(
+    uri: str, header: Sequence[str], columns: Sequence[str], optional: Sequence[str], remedy: str
+) -> Sequence[str]:
+    """The columns to read, once each.
 
     Raises:
-        UserError: an entry that is none of them, with its row.
+        UserError: one is missing, or the header has it twice.
+    """
+    missing = [name for name in dict.fromkeys(columns) if name not in header]
+    if missing:
+        told = f"{uri} lacks the column(s) {', '.join(missing)}; its header has {', '.join(header)}"
+        raise UserError(f"{told}; {remedy}" if remedy else told)
+    wanted = [name for name in dict.fromkeys((*columns, *optional)) if name in header]
+    twice = [name for name in wanted if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{uri} has two columns {twice[0]!r}; rename one")
+    return wanted
+
+
+def _csv(raw: bytes, wanted: Sequence[str]) -> pa.Table:
+    """Columns of a CSV file as they are written."""
+    convert = pa.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()))
+    return pa.csv.read_csv(pa.BufferReader(raw), convert_options=convert)
+
+
+def _parquet(uri: str, raw: bytes, schema: pa.Schema, wanted: Sequence[str]) -> pa.Table:
+    """Columns of a Parquet file as a CSV file would have them; types are looked at before a value is read."""
+    for name in wanted:
+        if not _plain(schema.field(name).type):
+            raise UserError(
+                f"{uri}: column {name} is of type {schema.field(name).type}; give text, numbers or booleans"
+            )
+    rows = pq.read_table(pa.BufferReader(raw), columns=list(wanted))
+    return pa.table({name: _text(rows[name]) for name in wanted})
+
+
+def _plain(kind: pa.DataType) -> bool:
+    """Whether a type is text, number, boolean, empty, or a category of such."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_null)
+    return any(test(kind) for test in (*texts, *numbers))
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column as text: 1.0 is "1", true is "true", null and NaN are ""."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    return pc.fill_null(pc.cast(column, pa.string()), "")
+
+
+def codes(table: Csv, findings: Sequence[str], meaning: Mapping[str, int] = CODES) -> NDArray[np.int8]:
+    """Label codes [N, K] of the columns `findings`, by what each entry means in small letters.
+
+    Raises:
+        UserError: an entry that means nothing, with its row.
     """
     columns = []
     for name in findings:
-        column = mapped(table.rows[name], lambda text: CODES.get(text.strip()), pa.int8())
+        column = mapped(table.rows[name], lambda text: meaning.get(text.strip().lower()), pa.int8())
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
             entry = table.rows[name][row].as_py()
-            raise UserError(f"{table.uri}, row {row + 2}: {name} is {entry!r}; labels are 1, 0, -1 or empty")
+            listed = "1, 0, -1 or empty" if UNCERTAIN in meaning.values() else "1, 0 or empty"
+            raise UserError(f"{table.uri}, row {table.row(row)}: {name} is {entry!r}; labels are {listed}")
         columns.append(column.to_numpy())
     return np.stack(columns, axis=1)
 
@@ -109,6 +184,18 @@ def mapped(
     return values.take(encoded.indices)
 
 
+def once(table: Csv, what: str, values: pa.Array | pa.ChunkedArray) -> None:
+    """Raises UserError that names the two rows of a table in which a value occurs that may occur once."""
+    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    keys = values.dictionary_encode().indices.to_numpy()
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[which] < np.arange(len(keys)))
+    if len(again):
+        rows = f"rows {table.row(first[which][again[0]])} and {table.row(again[0])}"
+        more = f" ({len(again)} rows repeat one)" if len(again) > 1 else ""
+        raise UserError(f"{table.uri}, {rows}: the same {what}, {values[again[0]].as_py()!r}{more}; mend the table")
+
+
 def age_band(age: str) -> str | None:
     """Twenty years of age ("40-59"); NIH's older table writes 058Y. Ages above 120 are typing errors: None."""
     digits = age.rstrip("YMD").lstrip("0") or "0"
@@ -116,6 +203,15 @@ def age_band(age: str) -> str | None:
         return None
     years = int(digits) if not age.endswith(("M", "D")) else 0
     return f"{years // 20 * 20}-{years // 20 * 20 + 19}"
+
+
+def unwanted_views(view: pa.Array, views: Literal["frontal", "all"]) -> list[LeftOut]:
+    """Of views in capitals, [N], those that are stated and not frontal; none where all views are wanted."""
+    if views == "all":
+        return []
+    frontal, lateral = (np.asarray(pc.is_in(view, value_set=pa.array(names))) for names in (FRONTAL, LATERAL))
+    why = "prepare.views=frontal keeps AP and PA alone"
+    return [LeftOut(lateral, "lateral", why), LeftOut(~(frontal | lateral), "other_view", why)]
 
 
 def below(root: str, paths: pa.Array | pa.ChunkedArray) -> pa.Array:
