@@ -21,6 +21,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
+import ray
 import torch
 from numpy.typing import NDArray
 from processes import Peak, alone, cpu_seconds
@@ -57,7 +58,7 @@ class Measured(NamedTuple):
     per_second: float
     per_cpu_second: float
     first: float
-    """Seconds from asking to the first batch; Ray runs already."""
+    """Seconds from asking to the first batch; Ray and its worker processes run already."""
     mib: float
     """Peak of the process tree's proportional set size."""
 
@@ -152,6 +153,7 @@ def measure(case: Case) -> Measured:
     torch.set_num_threads(1)
     if case.row.startswith("Ray"):
         runtime.start(num_cpus=PROCESSES)
+        ray.get([ray.remote(lambda: os.getpid()).remote() for _ in range(PROCESSES)])  # its worker processes are up
     peak = Peak()
     peak.start()
     asked = time.perf_counter()

@@ -59,7 +59,7 @@ class Plan:
     batch_size: int
     window: int = 4096
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of the training split."""
         return sum(group.rows for group in self.groups)

@@ -43,7 +43,10 @@ Progress = Callable[[int, int], None]
 """Called with (images done, images in all) whenever a shard is finished."""
 FEWEST_SHARDS = 8
 """Small splits are still cut into this many shards where row groups allow it: work for several tasks."""
-RECORDED_VERSIONS = ("mpc-cxr", "ray", "pyarrow", "numpy", "opencv-python-headless", "pillow", "pydicom")
+RECORDED_VERSIONS = (
+    "mpc-cxr", "ray", "pyarrow", "numpy", "opencv-python-headless", "pillow", "pydicom", "imagecodecs", "pyjpegls",
+    "pylibjpeg-openjpeg",
+)  # fmt: skip
 NOT_IN_PLAN: dict[str, bool | set[str]] = {
     "max_bad": True, "task_cpus": True, "key_file": True, "table": {"file"}, "split": {"file"},
 }  # fmt: skip

@@ -22,7 +22,7 @@ from pipeline.card import DatasetCard
 from pipeline.plan import Plan, Span
 from pipeline.spans import SPAN_ROWS, Arrays, SpanReader, TrainingData, arrays_of
 
-LEG_SPANS = 256  # tasks planned at a time, so that planning never grows with the data set
+FIRST_LEG, LEG_SPANS = 16, 256  # tasks planned at a time: few at first, which is soon done; never all of a large run
 BLOCK_BYTES = 4 << 20  # tasks hand out blocks of about this size, long before they end
 
 
@@ -41,9 +41,8 @@ def _by_ray(
 ) -> Iterator[Arrays]:
     """The rank's batches by Ray Data, one leg of tasks after the other."""
     share = plan.batch_size // world_size
-    spans = plan.spans(start_step, stop_step, SPAN_ROWS // share)
-    for leg in range(0, len(spans), LEG_SPANS):
-        source = _Planned(SpanReader(data, plan, rank, world_size), spans[leg : leg + LEG_SPANS])
+    for spans in _legs(plan.spans(start_step, stop_step, SPAN_ROWS // share)):
+        source = _Planned(SpanReader(data, plan, rank, world_size), spans)
         context = DataContext.get_current()
         context.execution_options.preserve_order = True
         context.execution_options.resource_limits = ExecutionResources(cpu=data.tasks * data.task_cpus)
@@ -51,6 +50,14 @@ def _by_ray(
         dataset = ray.data.read_datasource(source, override_num_blocks=len(source.spans), num_cpus=data.task_cpus)
         for table in dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=2):
             yield arrays_of(table, data.card.image_size)
+
+
+def _legs(spans: list[Span]) -> Iterator[list[Span]]:
+    """The spans in order, 16 at first, then twice as many each time up to 256."""
+    start, length = 0, FIRST_LEG
+    while start < len(spans):
+        yield spans[start : start + length]
+        start, length = start + length, min(2 * length, LEG_SPANS)
 
 
 class _Planned(Datasource):  # type: ignore[misc]

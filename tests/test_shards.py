@@ -229,7 +229,7 @@ from test_shards import phantoms
 from pipeline import runtime
 from pipeline.shards import prepare
 runtime.start(num_cpus=1)
-prepare(phantoms(1200), None, sys.argv[1], progress=lambda done, total: print(done, flush=True))
+prepare(phantoms(20_000), None, sys.argv[1], progress=lambda done, total: print(done, flush=True))
 """
 
 
@@ -247,21 +247,21 @@ def test_a_killed_run_continues_without_decoding_finished_shards_again(tmp_path)
     process.wait()
     process.stdout.close()
     first = int(line)
-    assert 0 < first < 1200
+    assert 0 < first < 20_000
     assert not (out / "dataset.json").exists()
     time.sleep(1.0)  # the workers notice that their driver is gone
     (out / "shards" / "train-00000.parquet.0123.tmp").write_bytes(b"half a shard")
     finished = {path.stem for path in (out / "_prepare").glob("t*.json")}
     stamps = {stem: (out / "shards" / f"{stem}.parquet").stat().st_mtime_ns for stem in finished}
     calls = []
-    prepare(phantoms(1200), None, str(out), resume=True, progress=lambda done, total: calls.append(done))
+    prepare(phantoms(20_000), None, str(out), resume=True, progress=lambda done, total: calls.append(done))
     assert calls[0] >= first
-    assert calls[-1] == 1200
+    assert calls[-1] == 20_000
     for stem, stamp in stamps.items():
         assert (out / "shards" / f"{stem}.parquet").stat().st_mtime_ns == stamp
     assert check(str(out)) == []
-    assert len({row["image_id"] for row in rows_of(out)}) == 1200
-    prepare(phantoms(1200), None, str(tmp_path / "straight"))
+    assert len({row["image_id"] for row in rows_of(out)}) == 20_000
+    prepare(phantoms(20_000), None, str(tmp_path / "straight"))
     assert digests(out) == digests(tmp_path / "straight")
 
 
