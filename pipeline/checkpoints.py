@@ -10,6 +10,7 @@ from ray.train import Checkpoint
 from pipeline import storage
 
 BEST = "best"
+PARTS = ("checkpoint.json", "model.safetensors", "ema.safetensors", "training_state.pt")
 
 
 @contextmanager
@@ -20,6 +21,12 @@ def opened(checkpoint: Checkpoint | None) -> Iterator[Path | None]:
         return
     with checkpoint.as_directory() as folder:
         yield Path(folder)
+
+
+def is_whole(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is there with all its files."""
+    infos = checkpoint.filesystem.get_file_info([f"{checkpoint.path}/{part}" for part in PARTS])
+    return all(info.is_file for info in infos)
 
 
 def publish(checkpoint: Checkpoint, out: str) -> str:

@@ -6,12 +6,10 @@ and a continued run equals an uninterrupted one bit for bit (CPU, float32, same 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,42 +17,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpc import checkpoint as checkpoints
-from mpc.build import build_method
-from mpc.config import CheckpointInfo
+from mpc.build import adjust, build_method
 from mpc.errors import UserError
 from mpc.method import Batch, Method, Progress, StepOutput
 from mpc.model import Classifier, Ema
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
+from pipeline.host import Host, Metrics
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
+from pipeline.schedule import in_force, stages
 from pipeline.scoring import Scored, score_rows, validation_metrics
-from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, to_device
+from pipeline.setup import (
+    Timed,
+    augmented,
+    checkpoint_info,
+    make_model,
+    make_optimizer,
+    make_views,
+    relative_rate,
+    set_rates,
+    to_device,
+)
 from pipeline.spans import TrainingData
 from pipeline.stream import batches
-from pipeline.versions import git_commit, versions
-
-Metrics = dict[str, Any]
-
-
-class Host(Protocol):
-    """Who runs the loop: a Ray Train worker, a Ray Tune trial, or a plain process."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def last_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """The folder to continue from, if there is one."""
-        ...
-
-    def report(self, metrics: Metrics, checkpoint: Path) -> None:
-        """Takes over a checkpoint (written on rank 0, empty elsewhere) with its metrics; all ranks call it together."""
-        ...
-
-    def log(self, line: Metrics) -> None:
-        """Shows a line of progress inside an epoch (rank 0)."""
-        ...
 
 
 class DivergedError(UserError):
@@ -87,6 +73,7 @@ class Loop:
         torch.set_num_threads(run.train.threads)
         torch.manual_seed(run.train.seed)
         self.run, self.data, self.card, self.host = run, data, card, host
+        self.now = run
         self.plan = make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size, window=run.data.window)
         self.total_steps = run.train.epochs * self.plan.steps_per_epoch
         self.model = make_model(run, card).to(host.device)
@@ -128,7 +115,14 @@ class Loop:
 
     def _batches(self) -> Iterator[Timed]:
         """Batches from the running step on, on the device, each with the seconds that it was waited for."""
-        run = self.run
+        schedule = self.run.train.schedule
+        for stage in stages(schedule, self.run.train.epochs, self.plan.steps_per_epoch, self.step):
+            self._change(self.run.at(stage.epoch) if schedule else self.run)
+            yield from self._until(stage.stop)
+
+    def _until(self, stop: int) -> Iterator[Timed]:
+        """Batches up to a step, made with the settings of now."""
+        run, host = self.now, self.host
         data = TrainingData(
             self.data,
             self.card,
@@ -141,12 +135,20 @@ class Loop:
             task_cpus=run.data.task_cpus,
             backend=run.data.backend,
         )
-        host = self.host
-        stream = batches(data, self.plan, host.rank, host.world_size, self.step, self.total_steps)
         asked = time.perf_counter()
-        for arrays in stream:
+        for arrays in batches(data, self.plan, host.rank, host.world_size, self.step, stop):
             yield Timed(to_device(arrays, host.device), time.perf_counter() - asked)
             asked = time.perf_counter()
+
+    def _change(self, now: RunConfig) -> None:
+        """Goes on with other settings; also after a restore, whose optimiser carries the rates of before."""
+        if now == self.now:
+            return
+        self.now = now
+        self.views = make_views(now, self.card, self.host.device, strong=self.method.needs_strong)
+        adjust(self.method, now)
+        peaks = [group["lr"] for group in self.method.param_groups(self.model, now.optim.lr)]
+        set_rates(self.optimizer, self.schedule, peaks, now.optim.weight_decay)
 
     def train_step(self, batch: Batch) -> None:
         """Forward, backward, clip, optimiser, schedule, average."""
@@ -160,7 +162,7 @@ class Loop:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, self.run.optim.clip)
+        nn.utils.clip_grad_norm_(parameters, self.now.optim.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -199,6 +201,7 @@ class Loop:
             "images_per_s": steps * self.run.train.batch_size / seconds,
             "data_wait_share": waited / seconds,
             "seconds": seconds,
+            **({"settings": in_force(self.now, self.run.train.schedule)} if self.run.train.schedule else {}),
         }
         self.meter = Meter(self.host.device)
         self._report(self._from_rank_zero(metrics), thresholds)
@@ -258,19 +261,8 @@ class Loop:
             "method": self.method.state_dict(),
             "meter": self.meter.state_dict(),
         }
-        info = CheckpointInfo(
-            config=self.run.model_dump(mode="json"),
-            findings=self.card.findings,
-            image_size=self.card.image_size,
-            pixels=self.card.pixels,
-            step=self.step,
-            epoch=self.step / self.plan.steps_per_epoch,
-            metrics={k: v for k, v in metrics.items() if isinstance(v, int | float)},
-            thresholds=thresholds,
-            data_digest=self.card.digest,
-            git_commit=git_commit(),
-            versions=versions(),
-        )
+        epoch = self.step / self.plan.steps_per_epoch
+        info = checkpoint_info(self.run, self.card, self.step, epoch, metrics, thresholds)
         checkpoints.save(folder, self.model, self.ema.module.state_dict(), state, info)
 
     def restore(self, folder: Path) -> Metrics:

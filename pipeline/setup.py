@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from mpc.build import build_model
+from mpc.config import CheckpointInfo
 from mpc.device_views import DeviceViews
 from mpc.method import Batch
 from mpc.model import Classifier
@@ -17,6 +19,7 @@ from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.spans import Arrays
+from pipeline.versions import git_commit, versions
 
 
 class Timed:
@@ -73,3 +76,32 @@ def relative_rate(step: int, *, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, schedule: LambdaLR, peaks: Iterable[float], weight_decay: float
+) -> None:
+    """Gives the groups of an optimiser other peak rates, at the point of the schedule where it stands."""
+    schedule.base_lrs = list(peaks)
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, peak, factor in zip(optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+        group.update(initial_lr=peak, lr=peak * factor, weight_decay=weight_decay)
+
+
+def checkpoint_info(
+    run: RunConfig, card: DatasetCard, step: int, epoch: float, metrics: dict[str, Any], thresholds: dict[str, float]
+) -> CheckpointInfo:
+    """What a checkpoint says of itself."""
+    return CheckpointInfo(
+        config=run.model_dump(mode="json"),
+        findings=card.findings,
+        image_size=card.image_size,
+        pixels=card.pixels,
+        step=step,
+        epoch=epoch,
+        metrics={k: v for k, v in metrics.items() if isinstance(v, int | float)},
+        thresholds=thresholds,
+        data_digest=card.digest,
+        git_commit=git_commit(),
+        versions=versions(),
+    )

@@ -51,6 +51,12 @@ def name(uri: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
+def parent(uri: str) -> str:
+    """The folder that holds `uri`."""
+    path, mark, options = uri.partition("?") if is_remote(uri) else (_local(uri), "", "")
+    return path.rstrip("/").rpartition("/")[0] + mark + options
+
+
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem that holds `uri`, and the path in it.
 
@@ -202,15 +208,26 @@ def _s3(endpoint: str, region: str, bucket: str, attempts: str) -> fs.S3FileSyst
     if bucket:
         with _explained(f"s3://{bucket}"):
             region = fs.resolve_s3_region(bucket)
-    address = urlsplit(endpoint)
-    return fs.S3FileSystem(
-        endpoint_override=(address.netloc + address.path.rstrip("/")) or None,
-        scheme=address.scheme or "https",
-        region=region or "us-east-1",
-        connect_timeout=CONNECT_SECONDS,
-        request_timeout=REQUEST_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=int(attempts or ATTEMPTS)),
-    )
+    return _Client(endpoint, region or "us-east-1", int(attempts or ATTEMPTS))
+
+
+class _Client(fs.S3FileSystem):  # type: ignore[misc]
+    """A client that is as patient after pickling as before: pyarrow's own forgets its retries, and Ray pickles it."""
+
+    def __init__(self, endpoint: str, region: str, attempts: int) -> None:
+        self._made = (endpoint, region, attempts)
+        address = urlsplit(endpoint)
+        super().__init__(
+            endpoint_override=(address.netloc + address.path.rstrip("/")) or None,
+            scheme=address.scheme or "https",
+            region=region,
+            connect_timeout=CONNECT_SECONDS,
+            request_timeout=REQUEST_SECONDS,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        )
+
+    def __reduce__(self) -> tuple[type["_Client"], tuple[str, str, int]]:
+        return _Client, self._made
 
 
 def _probe(endpoint: str) -> None:

@@ -20,7 +20,8 @@ from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.checkpoints import opened, publish
 from pipeline.config import RunConfig
-from pipeline.loop import Loop, Metrics
+from pipeline.host import Metrics
+from pipeline.loop import Loop
 from pipeline.plan import make_plan
 from pipeline.record import MetricsLog, claim
 from pipeline.scoring import require_validation
@@ -162,10 +163,10 @@ def preflight(run: RunConfig) -> None:
             f"exceed the cluster's {resources.get('CPU', 0):g} CPUs; lower train.num_workers, train.worker_cpus or "
             f"data.task_cpus"
         )
-    if run.train.use_gpu and run.train.num_workers > resources.get("GPU", 0):
+    if run.train.num_workers * run.worker_gpus > resources.get("GPU", 0):
         raise UserError(
-            f"{run.train.num_workers} workers ask for a GPU each, the cluster has {resources.get('GPU', 0):g}; "
-            f"lower train.num_workers or set train.use_gpu=false"
+            f"{run.train.num_workers} workers ask for {run.worker_gpus:g} GPU each, the cluster has "
+            f"{resources.get('GPU', 0):g}; lower train.num_workers or train.gpus, or set train.use_gpu=false"
         )
 
 
@@ -177,7 +178,7 @@ def _work(config: dict[str, Any]) -> None:
 
 def _trainer(run: RunConfig, data: str, card: DatasetCard, out: str, queue: Queue) -> TorchTrainer:
     filesystem, path = storage.resolve(out)
-    resources: dict[str, float] = {"CPU": run.worker_cpus, **({"GPU": 1} if run.train.use_gpu else {})}
+    resources: dict[str, float] = {"CPU": run.worker_cpus, **({"GPU": run.worker_gpus} if run.worker_gpus else {})}
     return TorchTrainer(
         _work,
         train_loop_config={"run": run.model_dump(mode="json"), "data": data, "queue": queue},

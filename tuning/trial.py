@@ -12,7 +12,8 @@ from pipeline import storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.checkpoints import opened
 from pipeline.config import RunConfig
-from pipeline.loop import Loop, Metrics
+from pipeline.host import Metrics
+from pipeline.loop import Loop
 from pipeline.record import MetricsLog
 from tuning.space import apply
 
