@@ -13,6 +13,7 @@ from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.versions import git_commit, versions
 from tuning.follow import name_of, settings_of
+from tuning.keeping import surviving
 from tuning.record import RunRecord, Status, epoch_metrics, without_places
 from tuning.tracking import TrackedRun, Tracker
 
@@ -64,7 +65,9 @@ def open_run(
         key: identity of the run; None takes the folder's, or a new random one.
         parent: e.g. the search.
     """
-    known = read_record(folder)
+    known = None
+    with surviving(f"{RECORD} of {name}"):
+        known = read_record(folder)
     record = RunRecord(
         key=key or (known.key if known else uuid.uuid4().hex),
         name=name,
@@ -73,7 +76,8 @@ def open_run(
         tags=dict(tags),
         config=without_places(config),
     )
-    write_record(folder, record)
+    with surviving(f"{RECORD} of {name}"):
+        write_record(folder, record)
     run = tracker.start_run(record, parent)
     if config:
         tracker.log_config(run, record.config)
@@ -82,7 +86,8 @@ def open_run(
 
 def close_run(tracker: Tracker, folder: str, run: TrackedRun, status: Status) -> None:
     """Ends the run and writes how it ended beside its metrics."""
-    write_record(folder, run.record.model_copy(update={"status": status}))
+    with surviving(f"{RECORD} of {run.record.name}"):
+        write_record(folder, run.record.model_copy(update={"status": status}))
     tracker.end_run(run, status)
 
 
