@@ -24,7 +24,7 @@ from pipeline.manifest import list_column, matrix
 from pipeline.plan import Plan, RowGroup, Span
 from pipeline.single_positive import draw
 
-SPAN_ROWS = 1024
+SPAN_ROWS = 2048
 """Rows of one task: reading its window again costs a few per cent of augmenting them."""
 COLUMNS = ("row", "image_id", "image", "labels", "known")
 
