@@ -38,6 +38,7 @@ from pipeline.spans import TrainingData, images_of
 from pipeline.stream import batches
 
 BATCH, PROCESSES, WARM_BATCHES = 64, 2, 24
+SETTLE_SECONDS = 3.0  # in which tasks of a stream that was closed come to their end
 PEER = "DataLoader, same shards"
 LIMIT = "bare loop, one process"
 
@@ -57,9 +58,9 @@ class Measured(NamedTuple):
 
     per_second: float
     per_cpu_second: float
-    first: float
-    """Seconds from asking to the first batch; Ray and its worker processes run already, and import what they need."""
-    again: float
+    cold: float
+    """Seconds from asking to the first batch; Ray and its worker processes run already, but import what they need."""
+    warm: float
     """Seconds from asking once more, in the same process, to the first batch: every later run, epoch or trial."""
     mib: float
     """Peak of the process tree's proportional set size."""
@@ -156,25 +157,27 @@ def measure(case: Case) -> Measured:
     if case.row.startswith("Ray"):
         runtime.start(num_cpus=PROCESSES)
         ray.get([ray.remote(lambda: os.getpid()).remote() for _ in range(PROCESSES)])  # its worker processes are up
+    cold, stream = asked(case)
+    stream.close()
+    time.sleep(SETTLE_SECONDS)
+    warm, stream = asked(case)
     peak = Peak()
     peak.start()
-    asked = time.perf_counter()
-    sizes = ROWS[case.row](case)
-    next(sizes)
-    first = time.perf_counter() - asked
     for _ in range(WARM_BATCHES):
-        next(sizes)
+        next(stream)
     spent, start, images = cpu_seconds(), time.perf_counter(), 0
     while images < case.images:
-        images += next(sizes)
+        images += next(stream)
     seconds, spent = time.perf_counter() - start, cpu_seconds() - spent
-    sizes.close()
-    asked = time.perf_counter()
-    sizes = ROWS[case.row](case)
-    next(sizes)
-    again = time.perf_counter() - asked
-    sizes.close()
-    return Measured(images / seconds, images / spent, first, again, peak.end())
+    return Measured(images / seconds, images / spent, cold, warm, peak.end())
+
+
+def asked(case: Case) -> tuple[float, Generator[int]]:
+    """Seconds until a row's first batch, and its stream."""
+    start = time.perf_counter()
+    stream = ROWS[case.row](case)
+    next(stream)
+    return time.perf_counter() - start, stream
 
 
 def synthetic(folder: Path, images: int, side: int) -> str:
@@ -197,17 +200,17 @@ def as_jpeg(data: str, folder: Path) -> str:
 
 def show(rounds: list[dict[str, Measured]]) -> None:
     """Medians over the rounds, and ratios of images per CPU second taken within a round."""
-    widths = {"images/s": 9, "per CPU s": 10, "x peer": 8, "of limit": 9, "first s": 9, "again s": 9, "peak MiB": 10}
+    widths = {"images/s": 9, "per CPU s": 10, "x peer": 8, "of limit": 9, "cold s": 9, "warm s": 9, "peak MiB": 10}
     print(" " * 48 + "".join(f"{title:>{width}}" for title, width in widths.items()))
     for name in ROWS:
         rows = [measured[name] for measured in rounds]
-        wall, cpu, first, again = (statistics.median(row[field] for row in rows) for field in range(4))
+        wall, cpu, cold, warm = (statistics.median(row[field] for row in rows) for field in range(4))
         peer, limit = (
             statistics.median(measured[name].per_cpu_second / measured[other].per_cpu_second for measured in rounds)
             for other in (PEER, LIMIT)
         )
         mib = max(row.mib for row in rows)
-        print(f"{name:48}{wall:9.0f}{cpu:10.0f}{peer:8.2f}{100 * limit:8.0f}%{first:9.2f}{again:9.2f}{mib:10.0f}")
+        print(f"{name:48}{wall:9.0f}{cpu:10.0f}{peer:8.2f}{100 * limit:8.0f}%{cold:9.2f}{warm:9.2f}{mib:10.0f}")
 
 
 def main() -> None:
