@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from infra.cluster import ClusterConfig
 from mpc.errors import MissingError, UserError
 from pipeline.config import PrepareConfig, RunConfig
 from pipeline.dotted import check_path, flat, merge, nested, validate
@@ -19,6 +20,7 @@ class Settings(RunConfig):
     prepare: PrepareConfig = PrepareConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 def load(config: str | None = None, overrides: Iterable[str] = ()) -> Settings:
