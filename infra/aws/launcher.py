@@ -4,7 +4,8 @@ from typing import Any
 
 import yaml
 
-from infra.cluster import ClusterConfig, InstanceConfig
+from infra.aws.config import InstanceConfig
+from infra.cluster import ClusterConfig
 
 Tree = dict[str, Any]
 TOKEN = "~/.ray/auth_token"
@@ -46,7 +47,8 @@ def as_yaml(cluster: ClusterConfig) -> str:
 
 
 def _limits(instance: InstanceConfig) -> Tree:
-    return {"min_workers": instance.min_workers, "max_workers": instance.max_workers}
+    # Ray asks AWS what the machine has
+    return {"resources": {}, "min_workers": instance.min_workers, "max_workers": instance.max_workers}
 
 
 def _node(cluster: ClusterConfig, instance: InstanceConfig, more: Tree) -> Tree:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from infra.cluster import SPOT, ClusterConfig, PodConfig
+from infra.cluster import ClusterConfig
+from infra.kuberay.config import SPOT, PodConfig
 
 Tree = dict[str, Any]
 USER = 1000

@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from infra.cluster import ClusterConfig, WorkerConfig
+from infra.cluster import ClusterConfig
 from infra.kuberay import objects, pods
+from infra.kuberay.config import WorkerConfig
 from infra.kuberay.network import ray_policy
 from infra.kuberay.objects import Metadata, RayCluster, RayClusterSpec, RayJob, RayJobSpec, WorkerGroup
 from infra.kuberay.pods import SECURITY

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 from jinja2 import Environment, StrictUndefined
 
-from infra.cluster import SlurmConfig
+from infra.slurm.config import SlurmConfig
 from infra.submit.package import Job
 
 SCRIPT, LOG, CODE = "job.sh", "log.txt", "exit_code"

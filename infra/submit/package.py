@@ -15,7 +15,8 @@ from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
-from infra.cluster import Address, ClusterConfig
+from infra.cluster import ClusterConfig
+from infra.fields import Address
 from infra.submit import call as calls
 from infra.submit.call import Call
 from mpc.errors import UserError
