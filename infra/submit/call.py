@@ -191,7 +191,7 @@ def _verb(group: TyperGroup, arguments: Sequence[str]) -> tuple[tuple[str, ...],
         name = next(iter(arguments[len(path) :]), "")
         known = [verb for verb in command.commands if verb not in HERE_ONLY]
         if name not in known:
-            shown = " ".join([*path, name]) or "nothing"
+            shown = " ".join(part for part in (*path, name) if part) or "nothing"
             raise UserError(f"submit {shown}: is no verb that can run elsewhere; name one of {', '.join(known)}")
         command, path = command.commands[name], (*path, name)
     return path, command

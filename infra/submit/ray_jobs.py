@@ -37,8 +37,8 @@ CHATTY = (
 """Loggers of Ray's client, which set their own level."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]", "auto")
 NO_TOKEN = (
-    "the cluster asks for a token; set RAY_AUTH_TOKEN_PATH to the file that holds it, or RAY_AUTH_TOKEN, or write it "
-    "to ~/.ray/auth_token (and leave RAY_AUTH_MODE and cluster.auth at token)"
+    "no token for the cluster; set RAY_AUTH_TOKEN_PATH to the file that holds it, or RAY_AUTH_TOKEN, or write it to "
+    "~/.ray/auth_token; for a cluster on this machine that runs without one set cluster.auth=disabled"
 )
 
 
@@ -156,7 +156,7 @@ def _explained(address: str, name: str = "") -> Iterator[None]:
         yield
     except AuthenticationError as error:
         wrong = f"{address}: refuses the token; use the one that the cluster was started with"
-        raise UserError(NO_TOKEN if "required" in str(error) else wrong) from None
+        raise UserError(wrong if "Authentication failed" in str(error) else f"{address}: {NO_TOKEN}") from None
     except (ConnectionError, requests.RequestException, aiohttp.ClientError) as error:
         raise LostError(f"{address} does not answer ({_first_line(str(error))})") from error
     except RuntimeError as error:
