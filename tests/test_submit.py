@@ -257,6 +257,7 @@ def test_a_verb_on_a_cluster(head: Head, tmp_path: Path) -> None:
     assert run(head, "jobs", "status", name).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_verb_that_fails_there_fails_here(head: Head, tmp_path: Path) -> None:
     done = run(head, "submit", "--follow", "check", "--data", str(tmp_path))
     assert done.returncode == 2, "as it does here"

@@ -9,7 +9,6 @@ import yaml
 from infra.cli.options import Config, Set, Verbose, settings_of
 from infra.console import console, say, table
 from infra.settings import Settings, presets
-from infra.tracking import tracking_uri
 from mpc.errors import UserError
 
 configuration = typer.Typer(help="Shows settings: what is in force, what is possible, which presets exist.")
@@ -36,11 +35,14 @@ def doctor(
     set_: Set = None,
     verbose: Verbose = False,
 ) -> None:
-    """Checks versions, processors, disk (GiB), storage and tracking; exit code 1 if anything fails, with what to do."""
+    """Checks versions, resources, disk (GiB), storage, clock, tracking and the cluster that `cluster` names.
+
+    Exit code 1 if anything fails, with what to do.
+    """
     settings = settings_of(config, set_, verbose)
     from infra.doctor import examine
 
-    findings = examine(settings, data, out, tracking_uri(settings, out))
+    findings = examine(settings, data, out)
     table("", ["check", "", "found"], [[item.name, "ok" if item.ok else "FAILS", item.found] for item in findings])
     for item in findings:
         if not item.ok:

@@ -70,15 +70,21 @@ def job_of(call: Call, environ: Mapping[str, str], *, resume: bool = False) -> J
     line = calls.arguments_of(call, CONFIG if config else None, SPACE if space else None, resume)
     files = {ARGUMENTS: json.dumps(line)}
     files |= {name: calls.as_yaml(tree) for name, tree in ((CONFIG, config), (SPACE, space)) if tree}
-    wheel = _wheel() if cluster.code == "wheel" else None
+    package, code_bytes = packed(files, cluster)
     return Job(
         name=f"mpc-{'-'.join(call.path)}-{uuid4().hex[:8]}",
         verb=call.verb,
-        package=pack(files, wheel),
-        code_bytes=len(wheel or b""),
+        package=package,
+        code_bytes=code_bytes,
         entrypoint=f"{cluster.python} {ENTRYPOINT}",
         environment=_handed_over(cluster, environ),
     )
+
+
+def packed(files: Mapping[str, str], cluster: ClusterConfig) -> tuple[bytes, int]:
+    """The package of `files` and, unless it is in the image, this project's code; and the code's bytes."""
+    wheel = _wheel() if cluster.code == "wheel" else None
+    return pack(files, wheel), len(wheel or b"")
 
 
 def pack(files: Mapping[str, str], wheel: bytes | None) -> bytes:
