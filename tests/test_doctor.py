@@ -147,7 +147,7 @@ def test_a_cluster_in_good_and_bad_states(tmp_path: Path) -> None:
         stranger = doctor(head.environment | {"RAY_AUTH_TOKEN": "another-token-0123456789"}, *line)
         assert stranger.returncode == 1
         assert "refuses the token" in stranger.stdout
-    gone = doctor(head.environment, *line)
+    gone = doctor(head.environment | {"RAY_AUTH_TOKEN": "the-token-went-with-the-head"}, *line)
     assert gone.returncode == 1
     assert "does not answer" in gone.stdout
     assert not list(tmp_path.iterdir()), "doctor leaves nothing behind"
