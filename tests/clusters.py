@@ -69,7 +69,8 @@ def ray_head(cpus: int = 1, *, token: str = "a-token-for-tests-only-0123456789")
         client = {"RAY_ADDRESS": address}
         yield Head(address, f"127.0.0.1:{gcs}", environment | client)
     finally:
-        end(process.pid)
+        if process.poll() is None:
+            end(process.pid)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -88,14 +89,23 @@ def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path, second
 
 
 def end(pid: int) -> None:
-    """Kills a process and all that it started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        found = [*parent.children(recursive=True), parent]
-        for process in found:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(found, timeout=20)
+    """Kills a process and all that it started, and returns once none of them runs."""
+    parent = psutil.Process(pid)
+    found = [*parent.children(recursive=True), parent]
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    deadline = time.monotonic() + 20
+    while any(map(_runs, found)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it still does anything: what nobody has waited for is a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Tunnel:
