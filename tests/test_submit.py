@@ -138,17 +138,18 @@ def test_paths_that_other_nodes_lack_are_refused(line: str, message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "looked_at"),
     [
-        "train --data /shared/nih --out /shared/runs/1 --set cluster.shared_paths=[/shared]",
-        "prepare --source nih --root s3://b/a --out s3://b/o --set prepare.table.file=labels.csv",
-        "train --data s3://b/d --out s3://b/o --set model.weights=imagenet --set prepare.key_file=key",
-        "config show",
+        ("train --data /shared/nih --out /shared/runs/1 --set cluster.shared_paths=[/shared]", 2),
+        ("prepare --source nih --root s3://b/a --out s3://b/o --set prepare.table.file=labels.csv", 2),
+        ("train --data s3://b/d --out s3://b/o --set model.weights=imagenet --set prepare.key_file=key", 2),
+        ("config show", 0),
     ],
 )
-def test_paths_that_all_nodes_have_are_taken(line: str) -> None:
+def test_paths_that_all_nodes_have_are_taken(line: str, looked_at: int) -> None:
     call = read(f"{line} --set cluster.kind=slurm")
     calls.require_shared(call, call.cluster.shared_paths)
+    assert len(list(calls.places(call))) == looked_at
 
 
 @pytest.mark.parametrize(

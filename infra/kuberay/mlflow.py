@@ -42,9 +42,9 @@ def command(cluster: ClusterConfig) -> list[str]:
 
 
 def host_names(namespace: str) -> list[str]:
-    """What the service is called inside the cluster."""
+    """What the service is called inside the cluster, and through `kubectl port-forward`."""
     names = [SERVER, f"{SERVER}.{namespace}", f"{SERVER}.{namespace}.svc", f"{SERVER}.{namespace}.svc.cluster.local"]
-    return [f"{name}:{PORT}" for name in names]
+    return [f"{name}:{PORT}" for name in [*names, "localhost", "127.0.0.1"]]
 
 
 def namespace(cluster: ClusterConfig) -> Tree:

@@ -14,6 +14,8 @@ class SlurmConfig(Config):
     gpus_per_node: Natural = 0
     memory_gib: Positive = 32.0
     hours: Positive = 24.0
+    exclusive: bool = True
+    """Whether the nodes are this job's alone: Ray refuses a node on which another Ray runs."""
     partition: Line | None = None
     account: Line | None = None
     requeue: bool = False

@@ -8,6 +8,7 @@
 #SBATCH --output=/shared/jobs/mpc-train-example/log.txt
 #SBATCH --open-mode=append
 #SBATCH --no-requeue
+#SBATCH --exclusive
 #SBATCH --gpus-per-node=4
 #SBATCH --partition=gpu
 # Starts Ray on every node of this allocation, runs one verb of mpc-cxr on the first, and ends with its exit code.

@@ -51,6 +51,7 @@ def _options(config: SlurmConfig, name: str, folder: str) -> list[str]:
         "--open-mode=append",
         "--requeue" if config.requeue else "--no-requeue",
     ]
+    found += ["--exclusive"] if config.exclusive else []
     found += [f"--gpus-per-node={config.gpus_per_node}"] if config.gpus_per_node else []
     found += [f"--partition={config.partition}"] if config.partition else []
     found += [f"--account={config.account}"] if config.account else []
