@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -85,11 +86,15 @@ def gathered(sums: Sums, rank: int, world_size: int) -> list[Sums]:
 
 
 def own_sums(meters: list[Sums], rank: int, world_size: int) -> Sums:
-    """What a rank goes on adding to: its own sums, or, where the number of workers has changed, rank 0 takes all."""
+    """What a rank goes on adding to: its own sums, or, where the number of workers has changed, rank 0 takes all.
+
+    Counts are added up. Loss terms are means over ranks, so those of a step weigh as much as there are workers now.
+    """
     if len(meters) == world_size:
         return meters[rank]
     total: Sums = {}
     for sums in meters if rank == 0 else []:
         for name, value in sums.items():
-            total[name] = total[name] + value if name in total else value
+            weight = world_size / len(meters) if name.startswith(("mean ", "steps ")) else 1.0
+            total[name] = total.get(name, torch.zeros_like(value)) + weight * value
     return total

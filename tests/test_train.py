@@ -8,93 +8,26 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from runs import EXACT, TIMED, PlainHost, assert_equal, assert_same, checkpoint_state, tiny
 
 from mpc.baselines import NAMES
-from mpc.checkpoint import load_training_state, load_weights, read_info
+from mpc.checkpoint import load_weights, read_info
 from mpc.errors import UserError
 from pipeline.card import read_card
-from pipeline.config import RunConfig
 from pipeline.divergence import DivergedError
-from pipeline.loop import Host, Loop, Metrics
+from pipeline.loop import Loop, Metrics
 from pipeline.plan import make_plan
 from pipeline.record import MetricsLog
 from pipeline.scoring import require_validation
 from pipeline.stream import scan
 from pipeline.train import train
 
-TINY = {
-    "model": {"backbone": "test_efficientnet_gn"},
-    "loss": {"warmup_epochs": 0.2, "ramp_epochs": 0.5},
-    "optim": {"lr": 0.003},
-    "data": {"tasks": 1, "task_cpus": 0.25},
-    "train": {"epochs": 2, "batch_size": 32, "worker_cpus": 0.5, "log_every": 7},
-}
-
 RELABELLING = {"mpc", "ll_r", "ll_ct", "ll_cp", "splc"}
-
-
-def tiny(**sections: dict[str, object]) -> RunConfig:
-    return RunConfig.model_validate({k: {**TINY.get(k, {}), **sections.get(k, {})} for k in {*TINY, *sections}})
-
-
-class PlainHost(Host):
-    """A plain process as host of the loop; it keeps every checkpoint and may stop after its first one."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def __init__(self, out: Path, *, once: bool = False) -> None:
-        self.out, self.once = out, once
-
-    @contextmanager
-    def last_checkpoint(self) -> Iterator[Path | None]:
-        yield max(self.out.glob("step-*"), default=None)
-
-    def report(self, metrics: Metrics, checkpoint: Path) -> None:
-        checkpoint.rename(self.out / checkpoint.name)
-        if self.once:
-            raise KeyboardInterrupt
-
-    def log(self, line: Metrics) -> None:
-        assert 0 <= line["data_wait_share"] <= 1
-
-    def leave(self, name: str, content: bytes) -> str:
-        (self.out / name).write_bytes(content)
-        return str(self.out / name)
-
-
-def checkpoint_state(folder: Path) -> dict[str, object]:
-    """All that a checkpoint continues with; seconds and rates are no part of it."""
-    state = load_training_state(folder)
-    return {"model": load_weights(folder, "model"), "ema": load_weights(folder, "ema"), **state}
-
-
-TIMED = {"images_per_s", "data_wait_share", "seconds"}
-
-
-def metrics_of(folder: Path) -> dict[str, float]:
-    """The metrics of a checkpoint without those that a clock gives."""
-    return {name: value for name, value in read_info(folder).metrics.items() if name not in TIMED}
-
-
-def assert_equal(left: object, right: object, where: str = "") -> None:
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), where
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_equal(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, list):
-        for i, pair in enumerate(zip(left, right, strict=True)):
-            assert_equal(*pair, f"{where}[{i}]")
-    else:
-        assert left == right, where
 
 
 @pytest.mark.parametrize("place", ["stream", "device"])
@@ -118,8 +51,7 @@ def test_a_run_continues_from_every_checkpointed_step_bit_for_bit(
         with pytest.raises(KeyboardInterrupt):
             Loop(run, phantom_data, card, PlainHost(broken, once=True)).fit()
     for name in names:
-        assert_equal(checkpoint_state(whole / name), checkpoint_state(broken / name), name)
-        assert_equal(metrics_of(whole / name), metrics_of(broken / name), name)
+        assert_same(whole / name, broken / name)
 
 
 def test_a_loop_leaves_nothing_behind(phantom_data: str, tmp_path: Path) -> None:
@@ -177,16 +109,11 @@ def columns(batch: pa.RecordBatch) -> tuple[list[int], list[str]]:
 
 
 def test_two_workers_equal_one_at_the_same_global_batch(phantom_data: str, tmp_path: Path) -> None:
-    exact = {
-        "optim": {"name": "sgd", "lr": 0.01},
-        "btc": {"scope": "global", "dropout": 0.0},
-        "model": {"perturb": {"rate": 0.0}},
-    }
     steps = read_card(phantom_data).rows("train").stop // 24
     assert 15 <= steps <= 20
     results = []
     for workers in (1, 2):
-        run = tiny(**exact, train={"epochs": 1, "batch_size": 24, "num_workers": workers})
+        run = tiny(**EXACT, train={"epochs": 1, "batch_size": 24, "num_workers": workers})
         results.append(train(run, phantom_data, str(tmp_path / str(workers))))
     one, two = (load_weights(Path(result.best_checkpoint), "model") for result in results)
     for name in one:
