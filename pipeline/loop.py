@@ -43,6 +43,8 @@ class Host(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    scratch: Path | None = None
+    """Where checkpoints are written, for the host to take over; None takes the system's place for temporary files."""
 
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The folder to continue from, if there is one."""
@@ -265,7 +267,7 @@ class Loop:
         self._refuse_nan()  # no checkpoint holds weights of a run that has diverged
         host = self.host
         meters = gathered(self.meter.state_dict(), host.rank, host.world_size)
-        with TemporaryDirectory(prefix="mpc-cxr-") as folder:
+        with TemporaryDirectory(prefix="mpc-cxr-", dir=host.scratch) as folder:
             path = Path(folder) / f"step-{self.step:08d}"
             if host.rank == 0:
                 save(self, path, metrics, thresholds, meters)

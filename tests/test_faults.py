@@ -1,8 +1,6 @@
 """Training under faults, each one real: killed processes, storage that is away, a full disk, a loss that diverges."""
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +15,12 @@ from proxy import Proxy, drop, throttle
 from runs import EXACT, PlainHost, assert_close, assert_same, tiny
 
 from mpc.checkpoint import read_info
-from mpc.errors import StoppedError, UserError
+from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import read_card
 from pipeline.config import RunConfig
 from pipeline.divergence import DivergedError
 from pipeline.loop import Loop, Metrics
-from pipeline.record import MetricsLog
 from pipeline.train import train
 
 
@@ -48,10 +45,10 @@ class At:
         self.status = status
 
 
-def workers() -> list[psutil.Process]:
-    """The training workers of this process's own cluster."""
+def workers(driver: int | None = None) -> list[psutil.Process]:
+    """The training workers of a driver's own cluster."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(driver).children(recursive=True):
         try:
             if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
                 found.append(process)
@@ -184,58 +181,28 @@ def test_a_full_disk_ends_the_run_in_one_line_and_resume_goes_on(
     assert_same(out / "train" / "step-00000028", whole / "step-00000028")
 
 
+CLI = "from infra.cli import main; main()"
+
+
 @pytest.mark.slow
 def test_sigterm_ends_two_workers_with_a_checkpoint_and_one_worker_goes_on(phantom_data: str, tmp_path: Path) -> None:
     settings = {"epochs": 1, "batch_size": 24}
     two, one = (tiny(**EXACT, train={**settings, "num_workers": count}) for count in (2, 1))
     whole, out = undisturbed(one, phantom_data, tmp_path / "whole"), tmp_path / "out"
-    listener = At(1, lambda: None)
-
-    def stop() -> None:
-        while not workers():
+    config = tmp_path / "run.yaml"
+    config.write_text(two.model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-c", CLI, "train", f"--data={phantom_data}", f"--out={out}", f"--config={config}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not workers(process.pid):
+            assert process.poll() is None
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(StoppedError, match=r"stopped at step \d+ of \d+, its checkpoint is stored .*--resume"):
-        train(two, phantom_data, str(out), listeners=[listener])
-    assert listener.status == "KILLED"
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143, errors[-3000:]
     (folder,) = (out / "train").glob("step-*")
-    last = max(whole.iterdir())
-    assert 1 <= read_info(folder).step < read_info(last).step
+    step, last = read_info(folder).step, max(whole.iterdir())
+    assert 1 <= step < read_info(last).step
+    said = f"mpc-cxr: stopped: stopped at step {step} of {read_info(last).step}, its checkpoint is stored in {out}"
+    assert errors.splitlines()[-1] == f"{said}; --resume goes on from there"
     result = train(one, phantom_data, str(out), resume=True)  # the batch stays: each step is what it was
     assert_close(Path(result.best_checkpoint), last)
-
-
-CLI = "from infra.cli import main; main()"
-
-
-@pytest.mark.slow
-def test_the_command_line_says_how_to_go_on(phantom_data: str, tmp_path: Path) -> None:
-    settings = [f"--set={key}={value}" for key, value in FLAT.items()]
-    out = tmp_path / "run"
-    command = [sys.executable, "-u", "-c", CLI, "train", "--data", phantom_data, "--out", str(out), *settings]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("train: ") and "loss" in line:
-                break
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143, errors[-3000:]
-    assert errors.splitlines()[-1].startswith("mpc-cxr: stopped: stopped at step ")
-    (folder,) = (out / "train").glob("step-*")
-    step = read_info(folder).step
-    assert f"stopped at step {step} of" in errors
-    assert len(MetricsLog(str(out)).read()) == step // 14
-    shutil.rmtree(out)
-
-
-FLAT = {
-    "model.backbone": "test_efficientnet_gn",
-    "data.tasks": 1,
-    "data.task_cpus": 0.25,
-    "train.worker_cpus": 0.5,
-    "train.epochs": 500,
-    "train.batch_size": 32,
-    "train.log_every": 1,
-}

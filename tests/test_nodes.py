@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -118,15 +119,15 @@ def processes(node: Any) -> list[psutil.Process]:
     return found
 
 
-def names(node: Any) -> list[str]:
-    """What the workers of a node run."""
-    found = []
+def reads(node: Any) -> bool:
+    """Whether a reading task of the training stream is at work on a node."""
     for process in processes(node):
         try:
-            found += [word for word in process.cmdline()[:1] if word.startswith("ray::")]
+            if process.cmdline()[:1] == ["ray::Read_Planned"]:
+                return True
         except psutil.NoSuchProcess:
             continue
-    return found
+    return False
 
 
 def kill(node: Any) -> None:
@@ -150,7 +151,7 @@ class Told(NamedTuple):
     """What the run went through."""
 
     readers: list[dict[str, Any]]
-    """Faults that it had recorded a good while after the node of the reading tasks was killed."""
+    """Faults that it had recorded an epoch after the node of most reading tasks was killed under them."""
     killed: dict[str, Any]
     grown: dict[str, Any]
     announced: dict[str, Any]
@@ -163,7 +164,7 @@ class Told(NamedTuple):
 def told(phantom_data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
     """One run over a cluster of changing nodes."""
     out = tmp_path_factory.mktemp("nodes") / "run"
-    many = {"num_workers": 2, "min_workers": 1, "worker_cpus": 1.5, "resize_s": 3, "epochs": 500, "keep": 10_000}
+    many = {"num_workers": 2, "min_workers": 1, "worker_cpus": 1.75, "resize_s": 3, "epochs": 500, "keep": 10_000}
     often = {"batch_size": 24, "log_every": 1, "checkpoint_every": 10}
     run = tiny(**EXACT, data={"tasks": 2, "task_cpus": 0.25}, train={"method": "an", **many, **often})
     runtime.stop()  # two clusters on one machine confuse each other
@@ -178,15 +179,13 @@ def told(phantom_data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def go_through(cluster: Cluster, trainer: Any, reader: Any, driver: Driver, run: RunConfig) -> Told:
-    driver.wait_for_step(4)
-    driver.wait(lambda: any("IDLE" not in name for name in names(reader)), "a reading task on its node")
-    print("reader runs", names(reader), "trainer runs", names(trainer))
+    driver.wait(lambda: reads(reader), "a reading task where no worker fits")
     kill(reader)
-    driver.wait_for_step(driver.step + 20)
+    driver.wait_for_step(25)
     readers = driver.faults
     kill(trainer)
     killed = driver.wait_for_fault(1)
-    driver.wait_for_step(driver.step + 15)
+    driver.wait_for_step(killed["continued"] + 10)
     fresh = cluster.add_node(num_cpus=2)
     grown = driver.wait_for_fault(2)
     driver.wait_for_step(driver.step + 5)
@@ -194,7 +193,7 @@ def go_through(cluster: Cluster, trainer: Any, reader: Any, driver: Driver, run:
     announced = driver.wait_for_fault(3)
     driver.process.send_signal(signal.SIGTERM)
     driver.process.wait(timeout=DEADLINE)
-    print(driver.told())
+    print(*driver.faults, sep="\n")
     return Told(readers, killed, grown, announced, driver.told(), driver.out, run)
 
 
@@ -203,7 +202,7 @@ def test_a_killed_node_that_only_reads_costs_no_step(told: Told) -> None:
 
 
 def test_a_run_goes_on_with_fewer_workers_when_a_node_is_killed(told: Told) -> None:
-    assert "was lost: its node has died" in told.killed["causes"][0]
+    assert re.fullmatch(r"worker \d was lost: (its node has died|it does not answer)", told.killed["causes"][0])
     assert told.killed["workers"] == 1
     assert 0 <= told.killed["lost"] == told.killed["reached"] - told.killed["continued"]
     assert told.killed["continued"] >= 20
@@ -225,18 +224,15 @@ def test_sigterm_ends_the_run_in_good_order(told: Told) -> None:
 
 
 def test_what_it_learns_does_not_depend_on_who_was_there(told: Told, phantom_data: str, tmp_path: Path) -> None:
-    compared = [folder for folder in sorted((told.out / "train").glob("step-*")) if int(folder.name[5:]) <= LAST]
-    assert len(compared) >= 5
-    assert told.killed["continued"] < LAST
+    last = told.grown["continued"] + 10
+    compared = [folder for folder in sorted((told.out / "train").glob("step-*")) if int(folder.name[5:]) <= last]
+    assert len(compared) >= last // 10
 
     class Until(PlainHost):
         def notice(self, step: int) -> Notice:
-            return "stop" if step >= LAST else "go"
+            return "stop" if step >= last else "go"
 
     run = told.run.model_copy(update={"train": told.run.train.model_copy(update={"num_workers": 1})})
     Loop(run, phantom_data, read_card(phantom_data), Until(tmp_path)).fit()
     for folder in compared:
         assert_close(folder, tmp_path / folder.name)
-
-
-LAST = 60
