@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from pipeline.loop import Loop, Notice
 
 pytestmark = pytest.mark.slow
 DEADLINE = 240.0  # seconds for any one thing to happen
+QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500}
+"""Ray gives a silent node up after 5 looks: 15 s by default, here 2.5."""
 DRIVER = """
 import json, sys
 from mpc.errors import StoppedError
@@ -51,6 +53,7 @@ class Driver:
 
     def __init__(self, address: str, data: str, out: Path, run: RunConfig) -> None:
         self.out, self.step = out, 0
+        self.pause, self.last = 0.0, time.monotonic()  # the longest pause between two steps, and when one was last done
         self.errors = (out.parent / "errors.txt").open("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, data, str(out), run.model_dump_json()],
@@ -76,7 +79,8 @@ class Driver:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):  # Ray tells of dead nodes there too
-                self.step = json.loads(line)["step"]
+                self.step, now = json.loads(line)["step"], time.monotonic()
+                self.pause, self.last = max(self.pause, now - self.last), now
 
     @property
     def faults(self) -> list[dict[str, Any]]:
@@ -94,6 +98,11 @@ class Driver:
 
     def wait_for_step(self, step: int) -> None:
         self.wait(lambda: self.step >= step, f"step {step}")
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Returns once Ray Train has noted a checkpoint, from when on it counts."""
+        notes = self.out / "train" / "checkpoint_manager_snapshot.json"
+        self.wait(lambda: notes.exists() and f"step-{step:08d}" in notes.read_text(), f"checkpoint {step}")
 
     def wait_for_fault(self, number: int) -> dict[str, Any]:
         """The record of fault `number`, from 1."""
@@ -161,18 +170,18 @@ class Told(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def told(phantom_data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+def told(phantom_data: str, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """One run over a cluster of changing nodes."""
     out = tmp_path_factory.mktemp("nodes") / "run"
     many = {"num_workers": 2, "min_workers": 1, "worker_cpus": 1.75, "resize_s": 3, "epochs": 500, "keep": 10_000}
     often = {"batch_size": 24, "log_every": 1, "checkpoint_every": 10}
     run = tiny(**EXACT, data={"tasks": 2, "task_cpus": 0.25}, train={"method": "an", **many, **often})
     runtime.stop()  # two clusters on one machine confuse each other
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": QUICK})
     try:
         trainer, reader = cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=1)
         with Driver(cluster.address, phantom_data, out, run) as driver:
-            yield go_through(cluster, trainer, reader, driver, run)
+            return go_through(cluster, trainer, reader, driver, run)
     finally:
         cluster.shutdown()
         runtime.start(num_cpus=2)
@@ -181,8 +190,10 @@ def told(phantom_data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def go_through(cluster: Cluster, trainer: Any, reader: Any, driver: Driver, run: RunConfig) -> Told:
     driver.wait(lambda: reads(reader), "a reading task where no worker fits")
     kill(reader)
-    driver.wait_for_step(25)
+    driver.pause, driver.last = 0.0, time.monotonic()
+    driver.wait_for_checkpoint(20)
     readers = driver.faults
+    print(f"killed under its reading tasks: longest pause {driver.pause:.1f} s")
     kill(trainer)
     killed = driver.wait_for_fault(1)
     driver.wait_for_step(killed["continued"] + 10)
