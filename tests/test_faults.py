@@ -1,6 +1,7 @@
 """Training under faults, each one real: killed processes, storage that is away, a full disk, a loss that diverges."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from proxy import Proxy, drop, throttle
-from runs import EXACT, PlainHost, assert_close, assert_same, tiny
+from runs import EXACT, TIMED, PlainHost, assert_close, assert_same, metrics_of, tiny
 
 from mpc.checkpoint import read_info
 from mpc.errors import UserError
@@ -184,18 +185,51 @@ def test_a_full_disk_ends_the_run_in_one_line_and_resume_goes_on(
 CLI = "from infra.cli import main; main()"
 
 
+def start(run: RunConfig, data: str, out: Path) -> subprocess.Popen[str]:
+    """`mpc-cxr train` as a process with a local cluster of its own."""
+    config = out.parent / "run.yaml"
+    config.write_text(run.model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-c", CLI, "train", f"--data={data}", f"--out={out}", f"--config={config}"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait(process: subprocess.Popen[str], reached: Callable[[], object]) -> None:
+    """Returns once something holds, while the process runs."""
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_and_one_that_resumes_equal_one_that_was_never_killed(
+    phantom_data: str, tmp_path: Path
+) -> None:
+    run = tiny(train={"epochs": 10, "checkpoint_every": 5, "keep": 2})
+    whole, out = undisturbed(run, phantom_data, tmp_path / "whole"), tmp_path / "out"
+    metrics = out / "metrics.jsonl"
+    with start(run, phantom_data, out) as process:
+        wait(process, lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5)
+        os.killpg(process.pid, signal.SIGKILL)  # the driver and its whole local cluster
+    assert len(metrics.read_text().splitlines()) < 10
+    result = train(run, phantom_data, str(out), resume=True)
+    best = Path(result.best_checkpoint)
+    assert_same(best, whole / f"step-{read_info(best).step:08d}")
+    assert_same(out / "train" / "step-00000140", whole / "step-00000140")
+    for line in result.history:
+        kept = {name: value for name, value in line.items() if name not in TIMED}
+        assert kept == metrics_of(whole / f"step-{line['step']:08d}")
+    assert [line["epoch"] for line in result.history] == list(range(1, 11))
+
+
 @pytest.mark.slow
 def test_sigterm_ends_two_workers_with_a_checkpoint_and_one_worker_goes_on(phantom_data: str, tmp_path: Path) -> None:
     settings = {"epochs": 1, "batch_size": 24}
     two, one = (tiny(**EXACT, train={**settings, "num_workers": count}) for count in (2, 1))
     whole, out = undisturbed(one, phantom_data, tmp_path / "whole"), tmp_path / "out"
-    config = tmp_path / "run.yaml"
-    config.write_text(two.model_dump_json())  # JSON is YAML
-    command = [sys.executable, "-c", CLI, "train", f"--data={phantom_data}", f"--out={out}", f"--config={config}"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not workers(process.pid):
-            assert process.poll() is None
-            time.sleep(0.05)
+    with start(two, phantom_data, out) as process:
+        wait(process, lambda: workers(process.pid))
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors[-3000:]
@@ -204,5 +238,7 @@ def test_sigterm_ends_two_workers_with_a_checkpoint_and_one_worker_goes_on(phant
     assert 1 <= step < read_info(last).step
     said = f"mpc-cxr: stopped: stopped at step {step} of {read_info(last).step}, its checkpoint is stored in {out}"
     assert errors.splitlines()[-1] == f"{said}; --resume goes on from there"
+    with pytest.raises(UserError, match=r"begun with optim\.lr = 0\.01, not 0\.02"):
+        train(tiny(optim={"name": "sgd", "lr": 0.02}), phantom_data, str(out), resume=True)
     result = train(one, phantom_data, str(out), resume=True)  # the batch stays: each step is what it was
     assert_close(Path(result.best_checkpoint), last)
