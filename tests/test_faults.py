@@ -239,6 +239,11 @@ def test_sigterm_ends_two_workers_with_a_checkpoint_and_one_worker_goes_on(phant
     said = f"mpc-cxr: stopped: stopped at step {step} of {read_info(last).step}, its checkpoint is stored in {out}"
     assert errors.splitlines()[-1] == f"{said}; --resume goes on from there"
     with pytest.raises(UserError, match=r"begun with optim\.lr = 0\.01, not 0\.02"):
-        train(tiny(optim={"name": "sgd", "lr": 0.02}), phantom_data, str(out), resume=True)
+        train(
+            one.model_copy(update={"optim": one.optim.model_copy(update={"lr": 0.02})}),
+            phantom_data,
+            str(out),
+            resume=True,
+        )
     result = train(one, phantom_data, str(out), resume=True)  # the batch stays: each step is what it was
     assert_close(Path(result.best_checkpoint), last)
