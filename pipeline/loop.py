@@ -28,7 +28,7 @@ from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
-from pipeline.scoring import Scored, score_rows, validation_metrics
+from pipeline.scoring import NO_CHOICES, Choices, Scored, score_rows, validation_metrics
 from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, to_device
 from pipeline.spans import TrainingData
 from pipeline.stream import batches
@@ -123,7 +123,7 @@ class Loop:
                 metrics = self.end_epoch(time.perf_counter() - started, waited, self.step - logged)
                 started, waited, logged = time.perf_counter(), 0.0, self.step
             elif self.run.train.checkpoint_every and self.step % self.run.train.checkpoint_every == 0:
-                self._report({"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}, {})
+                self._report({"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}, NO_CHOICES)
         return metrics
 
     def _batches(self) -> Iterator[Timed]:
@@ -189,7 +189,10 @@ class Loop:
         """Validation with the averaged weights, then a checkpoint with all metrics of the epoch."""
         self.method.on_epoch_end(self._score_training_rows)
         scored = self._score("val")
-        values, thresholds = validation_metrics(scored, self.card.findings, self.run.data) if scored else ({}, {})
+        values: Metrics = {}
+        choices = NO_CHOICES
+        if scored:
+            values, choices = validation_metrics(scored, self.card.findings, self.run.data)
         metrics: Metrics = {
             "epoch": self.step // self.plan.steps_per_epoch,
             "step": self.step,
@@ -201,7 +204,7 @@ class Loop:
             "seconds": seconds,
         }
         self.meter = Meter(self.host.device)
-        self._report(self._from_rank_zero(metrics), thresholds)
+        self._report(self._from_rank_zero(metrics), choices)
         return metrics
 
     def _from_rank_zero(self, metrics: Metrics) -> Metrics:
@@ -241,14 +244,14 @@ class Loop:
         if self.host.rank == 0:
             self.host.log(line)
 
-    def _report(self, metrics: Metrics, thresholds: dict[str, float]) -> None:
+    def _report(self, metrics: Metrics, choices: Choices) -> None:
         with TemporaryDirectory(prefix="mpc-cxr-") as folder:
             path = Path(folder) / f"step-{self.step:08d}"
             if self.host.rank == 0:
-                self.save(path, metrics, thresholds)
+                self.save(path, metrics, choices)
             self.host.report(metrics, path)
 
-    def save(self, folder: Path, metrics: Metrics, thresholds: dict[str, float]) -> None:
+    def save(self, folder: Path, metrics: Metrics, choices: Choices) -> None:
         """Writes a checkpoint that continues, evaluates and registers."""
         state = {
             "step": self.step,
@@ -266,7 +269,7 @@ class Loop:
             step=self.step,
             epoch=self.step / self.plan.steps_per_epoch,
             metrics={k: v for k, v in metrics.items() if isinstance(v, int | float)},
-            thresholds=thresholds,
+            **choices._asdict(),
             data_digest=self.card.digest,
             git_commit=git_commit(),
             versions=versions(),

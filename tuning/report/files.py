@@ -19,9 +19,10 @@ from mpc.metrics import score
 from pipeline import storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.config import RunConfig
-from pipeline.evaluate import METRICS_FILE, PREDICTIONS_FILE
+from pipeline.evaluate import METRICS_FILE
 from pipeline.inference import REGISTERED_FILE, thresholds
 from pipeline.manifest import matrix
+from pipeline.predictions import PREDICTIONS_FILE
 from pipeline.record import MetricsLog
 
 SEARCH_FILE, TRIALS = "search.json", "trials"
