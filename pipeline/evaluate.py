@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mpc.checkpoint import read_info
+from mpc.checkpoint import INFO, read_info
 from mpc.config import CheckpointInfo
 from mpc.errors import MissingError, UserError
 from pipeline import storage
@@ -79,7 +79,7 @@ def evaluate(
         "finding_map": pairing.summary(),
         "data_digest": card.digest,
         "synthetic": card.synthetic,
-        "checkpoint": {**_version(info), "git_commit": info.git_commit},
+        "checkpoint": {**_version(checkpoint, info), "git_commit": info.git_commit},
     }
     rival = rival or config.compare
     if rival is not None:
@@ -110,7 +110,11 @@ class _Job:
     def predictions(self, checkpoint: Path, info: CheckpointInfo, pairing: Pairing, name: str) -> Predictions:
         """Those that lie in `out` under `name`, else fresh ones, which are left there."""
         place = storage.join(self.out, name)
-        origin: Origin = {"split": self.split, "data_digest": self.card.digest, "checkpoint": _version(info)}
+        origin: Origin = {
+            "split": self.split,
+            "data_digest": self.card.digest,
+            "checkpoint": _version(checkpoint, info),
+        }
         if self.resume and storage.exists(place):
             kept = Predictions.read(place)
             if (kept.origin, kept.findings) != (origin, pairing.findings):
@@ -152,7 +156,11 @@ class _Job:
         return self.predictions(Path(place), info, pairing, RIVAL_FILE)
 
 
-def _version(info: CheckpointInfo) -> dict[str, Any]:
-    """What tells one checkpoint from another, without its weights: `digest` is over all of checkpoint.json."""
-    digest = hashlib.sha256(info.model_dump_json().encode()).hexdigest()
-    return {"step": info.step, "epoch": info.epoch, "data_digest": info.data_digest, "digest": digest}
+def _version(checkpoint: Path, info: CheckpointInfo) -> dict[str, Any]:
+    """What tells one checkpoint from another, without its weights."""
+    return {"step": info.step, "epoch": info.epoch, "data_digest": info.data_digest, "digest": digest_of(checkpoint)}
+
+
+def digest_of(checkpoint: Path) -> str:
+    """SHA-256 of checkpoint.json."""
+    return hashlib.sha256((checkpoint / INFO).read_bytes()).hexdigest()

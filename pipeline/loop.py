@@ -189,10 +189,8 @@ class Loop:
         """Validation with the averaged weights, then a checkpoint with all metrics of the epoch."""
         self.method.on_epoch_end(self._score_training_rows)
         scored = self._score("val")
-        values: Metrics = {}
-        choices = NO_CHOICES
-        if scored:
-            values, choices = validation_metrics(scored, self.card.findings, self.run.data)
+        chosen = validation_metrics(scored, self.card.findings, self.run.data) if scored else ({}, NO_CHOICES)
+        values, choices = chosen
         metrics: Metrics = {
             "epoch": self.step // self.plan.steps_per_epoch,
             "step": self.step,

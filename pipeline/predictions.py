@@ -40,7 +40,9 @@ class Predictions:
     known: NDArray[np.bool_]
     origin: Origin
     observed: NDArray[np.int8] | None = None
-    """[N, K]: what training saw of the labels, where the images are its own."""
+    """[N, K]: what training saw of the labels, where the images are some of its own."""
+    row: NDArray[np.int64] | None = None
+    """[N]: which rows these are, where they are not a whole split."""
 
     @cached_property
     def probabilities(self) -> NDArray[np.float64]:
@@ -56,9 +58,10 @@ class Predictions:
     def of(
         cls, scored: Scored, findings: tuple[str, ...], origin: Origin, observed: NDArray[np.int8] | None = None
     ) -> "Predictions":
-        """What `pipeline.scoring` gathered."""
+        """What `pipeline.scoring` gathered of a split, or of some training images with what training observed."""
         ids = (scored.image_id.tolist(), scored.patient_id.tolist())
-        return cls(findings, *ids, scored.logits, scored.labels, scored.known, origin, observed)
+        row = None if observed is None else scored.row
+        return cls(findings, *ids, scored.logits, scored.labels, scored.known, origin, observed, row)
 
     def table(self) -> pa.Table:
         """One row an image: ids, and lists of K logits, probabilities (float32), labels, known, in findings order."""
@@ -71,7 +74,7 @@ class Predictions:
             "known": list_column(self.known),
         }
         if self.observed is not None:
-            columns["observed"] = list_column(self.observed)
+            columns |= {"observed": list_column(self.observed), "row": self.row}
         about = {"findings": json.dumps(self.findings), "origin": json.dumps(self.origin, sort_keys=True)}
         return pa.table(columns).replace_schema_metadata(about)
 
@@ -101,6 +104,7 @@ class Predictions:
             matrix(table["known"]).astype(bool),
             json.loads(about.get(b"origin", b"{}")),
             matrix(table["observed"]) if "observed" in table.column_names else None,
+            table["row"].to_numpy() if "row" in table.column_names else None,
         )
 
 
