@@ -1,5 +1,7 @@
 """NIH source: its layouts, its lists, and one clear line for whatever does not match."""
 
+import csv
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -153,14 +155,22 @@ def test_the_real_table(shared_data):
     assert len(source.quarantine) == 0
 
 
-def test_the_table_of_all_112120_images_without_images(shared_data, tmp_path):
+def test_the_table_of_all_112120_images_with_stubs_for_images(shared_data, tmp_path):
     (tmp_path / "images").mkdir()
     table = tmp_path / "Data_Entry_2017_v2020.csv.gz"
     table.write_bytes((shared_data / "Data_Entry_2017_v2020.csv.gz").read_bytes())
-    Image.new("L", (4, 4)).save(tmp_path / "images" / "00000001_000.png")
-    source = opened(tmp_path)
-    assert len(source.table) == 1
-    assert len(source.quarantine) == 112_119
+    with gzip.open(table, "rt") as lines:
+        names = [row["Image Index"] for row in csv.DictReader(lines)]
+    for name in names[1:]:
+        (tmp_path / "images" / name).touch()
+    found = survey(PrepareConfig(source="nih"), str(tmp_path))
+    assert found.source.quarantine["source"].to_pylist() == [f"{tmp_path}/images/{names[0]}"]
+    manifest = found.manifest
+    assert set(manifest["image_id"].to_pylist()) == {name.removesuffix(".png") for name in names[1:]}
+    assert sum(counts.images for counts in found.counts.values()) == 112_119
+    labelled = matrix(manifest["labels"]).any(1)
+    assert labelled.sum() == 51_759 - 1
+    assert (np.array(manifest["split"].to_pylist())[~labelled] != "train").all()
 
 
 def test_several_roots_are_one_collection(tmp_path):
