@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mpc.errors import MissingError, UserError
-from pipeline.config import PrepareConfig, RunConfig
+from pipeline.config import EvaluateConfig, ExplainConfig, PrepareConfig, RunConfig
 from pipeline.dotted import check_path, flat, merge, nested, validate
 from tuning.config import SearchConfig, TrackingConfig
 
@@ -17,6 +17,8 @@ class Settings(RunConfig):
     """All that a verb may read: a training run, and the sections around it."""
 
     prepare: PrepareConfig = PrepareConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    explain: ExplainConfig = ExplainConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
 

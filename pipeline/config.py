@@ -174,8 +174,9 @@ class PrepareConfig(Config):
     max_bad: Share = 0.01
     """Largest share of images that may be unusable before prepare stops; what is left out on purpose (lateral views,
     duplicates) does not count."""
-    strata: tuple[Literal["sex", "age_band"], ...] = ()
-    """Patient fields that the shards shall carry for metrics by group; none unless asked for."""
+    strata: tuple[Literal["sex", "age_band", "collection"], ...] = ()
+    """Fields that the shards shall carry for metrics by group: of the patient, or which --root an image came from, by
+    the name of that folder. None unless asked for."""
     task_cpus: Positive = 1.0
     """CPUs that one task, which decodes and writes one shard, asks of Ray."""
 
@@ -269,3 +270,43 @@ class RunConfig(MethodConfig):
     def cpus_beside(self) -> float:
         """CPUs that must stay free beside the training workers, for Ray Data to read at all."""
         return self.data.task_cpus if self.data.backend == "ray" else 0.0
+
+
+class EvaluateConfig(Config):
+    """How predictions are judged."""
+
+    resamples: Annotated[int, Field(ge=100, le=100_000)] = 1000
+    """Resamples of the patients behind every interval."""
+    level: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.95
+    """Confidence of the intervals."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the resamples: the same one gives the same intervals."""
+    bins: Annotated[int, Field(ge=2, le=100)] = 10
+    """Bins of equal numbers of images, for calibration error and reliability."""
+    min_group: Count = 20
+    """Patients that a group (of a view, sex, age band or collection) needs to be scored; smaller ones are listed."""
+    finding_map: dict[Name, Name] | None = None
+    """For a data set with other findings than the model: the model's name -> the data set's. Names that are equal need
+    no entry; None refuses findings that differ."""
+    compare: str | None = None
+    """Another model, compared on the same images: its checkpoint, models:/NAME@ALIAS, or --out of its evaluation."""
+    hidden_images: Annotated[int, Field(ge=0)] = 2000
+    """About how many training images the report looks at for positives that training did not observe; 0 for none."""
+
+
+class ExplainConfig(Config):
+    """Which maps are drawn, and from where in the network."""
+
+    method: Literal["hirescam", "gradcam"] = "hirescam"
+    """`hirescam`: gradient x activation, place by place (Draelos & Carin 2020). `gradcam`: gradients averaged over
+    places first (Selvaraju et al., ICCV 2017). Before pooling and a linear head both are the same."""
+    layer: str | None = None
+    """Module of the backbone whose maps are read, such as blocks.4; None takes the deepest one with enough places."""
+    cells: Annotated[int, Field(ge=2, le=64)] = 7
+    """Places a side that a layer needs to be taken where `layer` is None."""
+    findings: tuple[Name, ...] | None = None
+    """Findings to explain in every image; None takes those at or above their threshold, or the nearest one below."""
+    per_image: Count = 3
+    """Findings an image at most, highest above their threshold first; not used with `findings`."""
+    limit: Count = 100
+    """Images at most, evenly spread over all."""

@@ -1,6 +1,7 @@
 """Small real parts that several test files build on: a data set of phantoms and a checkpoint of a tiny network."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,8 +38,9 @@ def tiny_checkpoint(
     seed: int = 0,
     metrics: dict[str, float] | None = None,
     thresholds: dict[str, float] | None = None,
+    **choices: Any,
 ) -> CheckpointInfo:
-    """A checkpoint of an untrained network whose raw and averaged weights differ."""
+    """A checkpoint of an untrained network whose raw and averaged weights differ; `choices` are those of validation."""
     run = RunConfig(model=ModelConfig(backbone="test_efficientnet_gn"))
     pixels = PixelSpec(reduce_to=reduce_to)
     torch.manual_seed(seed)
@@ -52,6 +54,7 @@ def tiny_checkpoint(
         epoch=1.0,
         metrics={"val_macro_auroc": 0.75, **(metrics or {})},
         thresholds=thresholds or {},
+        **choices,
         data_digest=digest,
         git_commit=None,
         versions={},

@@ -208,6 +208,16 @@ def test_roots_keep_their_own_faults_and_strata(tmp_path):
         open_source(PrepareConfig(source="nih"), [str(first), str(second)])
 
 
+def test_the_root_of_an_image_can_be_a_stratum(tmp_path):
+    second = [("00000003_000.png", "Mass", "3", "8", "F", "AP")]
+    roots = [str(collection(tmp_path / "one")), str(collection(tmp_path / "two", rows=second))]
+    source = open_source(PrepareConfig(source="nih", strata=("collection",)), roots)
+    assert source.table["collection"].to_pylist() == ["one", "one", "one", "two"]
+    alike = [str(collection(tmp_path / part / "images", rows=rows)) for part, rows in (("a", ROWS[:1]), ("b", second))]
+    source = open_source(PrepareConfig(source="nih", strata=("collection",)), alike)
+    assert source.table["collection"].to_pylist() == ["1: images", "2: images"]
+
+
 def test_root_may_be_repeated_on_the_command_line(tmp_path):
     first = collection(tmp_path / "a", rows=[(f"{p:08d}_000.png", "Mass", str(p), "9", "F", "PA") for p in range(40)])
     second = collection(tmp_path / "b", rows=[("00000001_000.png", "Mass", "1", "9", "F", "PA"), *ROWS[2:]])
