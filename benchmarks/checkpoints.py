@@ -19,9 +19,10 @@ from ray.train.torch import TorchTrainer
 
 from pipeline import runtime, storage
 from pipeline.card import read_card
-from pipeline.config import PhantomConfig, PrepareConfig, RunConfig
+from pipeline.config import RunConfig
 from pipeline.follow import queue_beside_driver
 from pipeline.loop import Loop, Metrics
+from pipeline.prepare_config import PhantomConfig, PrepareConfig
 from pipeline.shards import prepare
 from pipeline.wish import Wish
 from pipeline.worker import STORAGE_NAME, TrainHost

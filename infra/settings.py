@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from mpc.errors import MissingError, UserError
-from pipeline.config import EvaluateConfig, ExplainConfig, PrepareConfig, RunConfig
+from pipeline.config import EvaluateConfig, ExplainConfig, RunConfig
 from pipeline.dotted import check_path, flat, merge, nested, validate
+from pipeline.prepare_config import PrepareConfig
 from tuning.config import SearchConfig, TrackingConfig
 
 
