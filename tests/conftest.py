@@ -142,7 +142,7 @@ def bucket(s3_server: str) -> str:
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> str:
     """A prepared set of 700 small synthetic radiographs, read only."""
-    from pipeline.config import PhantomConfig, PrepareConfig
+    from pipeline.prepare_config import PhantomConfig, PrepareConfig
     from pipeline.shards import prepare
 
     out = str(tmp_path_factory.mktemp("phantom") / "data")

@@ -21,7 +21,7 @@ def plans(settings: Settings, resources: Mapping[str, float], where: str) -> lis
 def _run(settings: Settings, resources: Mapping[str, float], where: str) -> Finding:
     """The workers of one run and their data tasks."""
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    need = settings.train.num_workers * settings.worker_cpus + settings.cpus_beside
+    need = settings.train.least_workers * settings.worker_cpus + settings.cpus_beside
     need_gpus = settings.train.num_workers if settings.train.use_gpu else 0
     text = f"{where} has {cpus:g} CPUs for {need:g}, {gpus:g} GPUs for {need_gpus}"
     remedy = (
