@@ -7,11 +7,12 @@ first batch is not timed but shown. Without --data, synthetic images are prepare
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,13 +32,13 @@ from mpc.config import ViewsConfig
 from mpc.views import TwoViews
 from pipeline import runtime
 from pipeline.card import read_card
-from pipeline.config import PhantomConfig, PrepareConfig
 from pipeline.plan import make_plan
+from pipeline.prepare_config import PhantomConfig, PrepareConfig
 from pipeline.shards import prepare
 from pipeline.spans import TrainingData, images_of
 from pipeline.stream import batches
 
-BATCH, PROCESSES, WARM_BATCHES = 64, 2, 24
+BATCH, PROCESSES, COLD_BATCHES, WARM_BATCHES = 64, 2, 24, 24
 PEER = "DataLoader, same shards"
 LIMIT = "bare loop, one process"
 
@@ -50,6 +51,8 @@ class Case(NamedTuple):
     jpeg: str
     strong: bool
     images: int
+    steps: int = 10**6
+    """Batches that our streams are asked for; those of the DataLoaders have no end."""
 
 
 class Measured(NamedTuple):
@@ -57,18 +60,20 @@ class Measured(NamedTuple):
 
     per_second: float
     per_cpu_second: float
-    first: float
-    """Seconds from asking to the first batch; Ray and its worker processes run already."""
+    cold: float
+    """Seconds from asking to the first batch; Ray and its worker processes run already, but import what they need."""
+    warm: float
+    """Seconds from asking once more, in the same process, to the first batch: every later run, epoch or trial."""
     mib: float
     """Peak of the process tree's proportional set size."""
 
 
-def by_us(case: Case, backend: Any) -> Iterator[int]:
+def by_us(case: Case, backend: Any) -> Generator[int]:
     """The stream that trains."""
     card = read_card(case.data)
     data = TrainingData(case.data, card, ViewsConfig(), strong=case.strong, tasks=PROCESSES, backend=backend)
     plan = make_plan(card, seed=0, batch_size=BATCH)
-    yield from (len(batch.row) for batch in batches(data, plan, 0, 1, 0, 10**6))
+    yield from (len(batch.row) for batch in batches(data, plan, 0, 1, 0, case.steps))
 
 
 def augmenter(case: Case) -> Callable[[NDArray[np.uint8], int], Any]:
@@ -118,14 +123,14 @@ def stacked(held: list[Any]) -> tuple[torch.Tensor, ...]:
     return *(torch.from_numpy(np.stack(view)) for view in views), torch.tensor([labels for _, labels in held])
 
 
-def by_loader(case: Case, dataset: Any, **options: Any) -> Iterator[int]:
+def by_loader(case: Case, dataset: Any, **options: Any) -> Generator[int]:
     """Epoch after epoch of a DataLoader."""
     loader = DataLoader(dataset(case), num_workers=PROCESSES, persistent_workers=True, **options)
     while True:
         yield from (len(labels) for *_, labels in loader)
 
 
-def bare(case: Case) -> Iterator[int]:
+def bare(case: Case) -> Generator[int]:
     """Reading and augmenting and nothing else: no shuffle, no batch, no other process."""
     card, views = read_card(case.data), augmenter(case)
     while True:
@@ -137,7 +142,7 @@ def bare(case: Case) -> Iterator[int]:
                     yield len([views(image, start) for image in images[start : start + BATCH]])
 
 
-ROWS: dict[str, Callable[[Case], Iterator[int]]] = {
+ROWS: dict[str, Callable[[Case], Generator[int]]] = {
     "Ray Data (data.backend=ray)": lambda case: by_us(case, "ray"),
     "our spans in a DataLoader (data.backend=torch)": lambda case: by_us(case, "torch"),
     PEER: lambda case: by_loader(case, OfShards, batch_size=None),
@@ -154,19 +159,28 @@ def measure(case: Case) -> Measured:
     if case.row.startswith("Ray"):
         runtime.start(num_cpus=PROCESSES)
         ray.get([ray.remote(lambda: os.getpid()).remote() for _ in range(PROCESSES)])  # its worker processes are up
+    cold, stream = asked(case._replace(steps=COLD_BATCHES))
+    for _ in itertools.islice(stream, COLD_BATCHES):  # to its end: Ray kills the processes of a stream that is left
+        pass
+    stream.close()
+    warm, stream = asked(case)
     peak = Peak()
     peak.start()
-    asked = time.perf_counter()
-    sizes = ROWS[case.row](case)
-    next(sizes)
-    first = time.perf_counter() - asked
     for _ in range(WARM_BATCHES):
-        next(sizes)
+        next(stream)
     spent, start, images = cpu_seconds(), time.perf_counter(), 0
     while images < case.images:
-        images += next(sizes)
+        images += next(stream)
     seconds, spent = time.perf_counter() - start, cpu_seconds() - spent
-    return Measured(images / seconds, images / spent, first, peak.end())
+    return Measured(images / seconds, images / spent, cold, warm, peak.end())
+
+
+def asked(case: Case) -> tuple[float, Generator[int]]:
+    """Seconds until a row's first batch, and its stream."""
+    start = time.perf_counter()
+    stream = ROWS[case.row](case)
+    next(stream)
+    return time.perf_counter() - start, stream
 
 
 def synthetic(folder: Path, images: int, side: int) -> str:
@@ -189,16 +203,17 @@ def as_jpeg(data: str, folder: Path) -> str:
 
 def show(rounds: list[dict[str, Measured]]) -> None:
     """Medians over the rounds, and ratios of images per CPU second taken within a round."""
-    print(f"{'':48}{'images/s':>9}{'per CPU s':>10}{'x peer':>8}{'of limit':>9}{'first s':>9}{'peak MiB':>10}")
+    widths = {"images/s": 9, "per CPU s": 10, "x peer": 8, "of limit": 9, "cold s": 9, "warm s": 9, "peak MiB": 10}
+    print(" " * 48 + "".join(f"{title:>{width}}" for title, width in widths.items()))
     for name in ROWS:
         rows = [measured[name] for measured in rounds]
-        wall, cpu, first = (statistics.median(row[field] for row in rows) for field in range(3))
+        wall, cpu, cold, warm = (statistics.median(row[field] for row in rows) for field in range(4))
         peer, limit = (
             statistics.median(measured[name].per_cpu_second / measured[other].per_cpu_second for measured in rounds)
             for other in (PEER, LIMIT)
         )
         mib = max(row.mib for row in rows)
-        print(f"{name:48}{wall:9.0f}{cpu:10.0f}{peer:8.2f}{100 * limit:8.0f}%{first:9.2f}{mib:10.0f}")
+        print(f"{name:48}{wall:9.0f}{cpu:10.0f}{peer:8.2f}{100 * limit:8.0f}%{cold:9.2f}{warm:9.2f}{mib:10.0f}")
 
 
 def main() -> None:

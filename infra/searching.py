@@ -6,18 +6,17 @@ from pathlib import Path
 import optuna
 
 from infra.console import Display, say, table
+from infra.evaluating import evaluate
 from infra.listeners import TrialLines
 from infra.settings import Settings, run_config
 from pipeline import runtime, storage
 from pipeline.card import read_card
-from pipeline.evaluate import evaluate
 from tuning import search as searches
 from tuning.domains import Space
-from tuning.follow import STATE
+from tuning.follow import STATE, TRIALS
 from tuning.listeners import MlflowCallback, close_run, data_tags, open_run
-from tuning.outcome import TRIALS, SearchResult
+from tuning.outcome import SearchResult
 from tuning.record import Status
-from tuning.report import write_report
 from tuning.searchers import Beginning
 from tuning.tracking import Tracker
 from tuning.warm import Target, earlier_trials
@@ -93,9 +92,8 @@ def show_left_out(known: int, left_out: Sequence[Mapping[str, str]]) -> None:
         table("earlier trials that do not fit", ["run", "reason"], rows)
 
 
-def report(checkpoint: Path, data: str, out: str) -> str:
+def report(settings: Settings, checkpoint: Path, data: str, out: str) -> str:
     """Scores the best checkpoint on the validation split, writes search.html into `out` and gives its place."""
     scores, page = storage.join(out, "val"), storage.join(out, "search.html")
-    evaluate(checkpoint, data, "val", scores)
-    write_report(page, evaluation=scores, data=data, checkpoint=checkpoint, search=out, title="Search")
+    evaluate(settings, checkpoint, data, "val", scores, title="Search", report=page, search=out)
     return page

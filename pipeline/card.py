@@ -5,15 +5,15 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from mpc.config import Config, PixelSpec
 from mpc.errors import MissingError, UserError
 from pipeline import storage
-from pipeline.config import PolicyConfig, SplitConfig
 from pipeline.manifest import matrix
+from pipeline.prepare_config import PolicyConfig, SplitConfig
 
 CARD_FILE = "dataset.json"
 QUARANTINE_FILE = "quarantine.parquet"
@@ -118,18 +118,17 @@ class DatasetCard(Config):
 
 def count(manifest: pa.Table, findings: Sequence[str]) -> dict[SplitName, SplitCounts]:
     """Images, patients, positives and known labels of each split, in row order of the splits."""
-    splits = np.asarray(manifest["split"].to_pylist())
-    patients = np.asarray(manifest["patient_id"].to_pylist())
     known = matrix(manifest["known"]).astype(bool)
     positive = matrix(manifest["labels"]).astype(bool) & known
     counts: dict[SplitName, SplitCounts] = {}
     for name in SPLIT_ORDER:
-        inside = splits == name
+        chosen = pc.equal(manifest["split"], name)
+        inside = chosen.to_numpy()
         if not inside.any():
             continue
         counts[name] = SplitCounts(
             images=int(inside.sum()),
-            patients=len(np.unique(patients[inside])),
+            patients=pc.count_distinct(manifest["patient_id"].filter(chosen)).as_py(),
             positives=dict(zip(findings, map(int, positive[inside].sum(axis=0)), strict=True)),
             known=dict(zip(findings, map(int, known[inside].sum(axis=0)), strict=True)),
         )

@@ -138,9 +138,10 @@ def _values(table: pa.Table, shard: Shard) -> Iterator[str]:
 def _whole(card: DatasetCard, table: pa.Table, *, complete: bool) -> list[str]:
     """What only shows over all shards: repeated ids, patients in two splits, dense rows, counts."""
     faults: list[str] = []
-    repeated = [name for name, times in Counter(table["image_id"].to_pylist()).items() if times > 1]
-    if repeated:
-        faults.append(f"image id {repeated[0]!r} occurs more than once ({len(repeated)} such ids)")
+    images = pc.value_counts(table["image_id"])
+    repeated = images.filter(pc.greater(images.field("counts"), 1)).field("values")
+    if len(repeated):
+        faults.append(f"image id {repeated[0].as_py()!r} occurs more than once ({len(repeated)} such ids)")
     leaked = leaked_patients(table["patient_id"], table["split"])
     for patient, splits in sorted(leaked.items())[:1]:
         faults.append(f"patient {patient!r} has images in {' and '.join(splits)} ({len(leaked)} such patients)")

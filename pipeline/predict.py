@@ -118,7 +118,6 @@ def long_table(scored: pa.Table, info: CheckpointInfo, version: str) -> pa.Table
 def _scored(packed: Packed, info: CheckpointInfo, sources: list[str], batch_size: int) -> Iterator[pa.Table]:
     """Tables of `source`, `probabilities`, `error`, in the order of `sources`, as they become ready."""
     runtime.start()
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
     uris = pa.table({"uri": sources})
     blocks = [uris.slice(start, batch_size) for start in range(0, len(uris), batch_size)]
     decoded = ray.data.from_arrow(blocks).map_batches(
@@ -135,7 +134,8 @@ def _scored(packed: Packed, info: CheckpointInfo, sources: list[str], batch_size
         scored = decoded.map_batches(_Scorer, batch_size=None, batch_format="pyarrow", **options)
     else:  # fused with decoding: one task an image batch, one thread each, the network kept between tasks
         scored = decoded.map_batches(partial(_score, model=model), batch_size=None, batch_format="pyarrow", num_cpus=1)
-    for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+    ordered = runtime.configured(scored, ordered=True)
+    for table in ordered.iter_batches(batch_size=None, batch_format="pyarrow"):
         fault = next((text for text in table["fatal"].to_pylist() if text), None)
         if fault:
             raise UserError(fault)

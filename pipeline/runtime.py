@@ -2,12 +2,16 @@
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import ray
 from ray._private.services import find_gcs_addresses
 
 from mpc.errors import UserError
 from pipeline.environment import ENVIRONMENT
+
+if TYPE_CHECKING:
+    from ray.data import Dataset
 
 
 def start(
@@ -48,6 +52,32 @@ def _refuse_neighbours() -> None:
             f"{len(found) - 1} other Ray cluster runs on this machine, and trials of several workers could not free "
             f"their resources; end it (`ray stop`), or set RAY_ADDRESS to the one to use"
         )
+
+
+def configured(
+    dataset: "Dataset", *, ordered: bool, cpus: float | None = None, block_bytes: int | None = None
+) -> "Dataset":
+    """A data set of Ray Data with settings of its own; those of the process stay as they are.
+
+    It has no limit on the time between two blocks. Ray's limit counts the time in which nobody asks for one, during a
+    validation say, and the time in which a task decodes a whole shard; neither is a fault.
+
+    Args:
+        dataset: as it will be read; nothing is derived from it any more.
+        ordered: blocks come in the order of their tasks, not as they become ready.
+        cpus: that its tasks may take at a time; None sets no limit.
+        block_bytes: from which size a block is handed out; None takes Ray's.
+    """
+    from ray.data import ExecutionResources
+
+    context = dataset.context
+    context.execution_no_progress_timeout_s = -1
+    context.execution_options.preserve_order = ordered
+    if cpus is not None:
+        context.execution_options.resource_limits = ExecutionResources(cpu=cpus)
+    if block_bytes is not None:
+        context.target_max_block_size = block_bytes
+    return dataset
 
 
 def stop() -> None:

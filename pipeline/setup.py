@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from mpc.build import build_model
-from mpc.config import CheckpointInfo
 from mpc.device_views import DeviceViews
 from mpc.method import Batch
 from mpc.model import Classifier
@@ -19,7 +18,6 @@ from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.spans import Arrays
-from pipeline.versions import git_commit, versions
 
 
 class Timed:
@@ -86,22 +84,3 @@ def set_rates(
     factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     for group, peak, factor in zip(optimizer.param_groups, schedule.base_lrs, factors, strict=True):
         group.update(initial_lr=peak, lr=peak * factor, weight_decay=weight_decay)
-
-
-def checkpoint_info(
-    run: RunConfig, card: DatasetCard, step: int, epoch: float, metrics: dict[str, Any], thresholds: dict[str, float]
-) -> CheckpointInfo:
-    """What a checkpoint says of itself."""
-    return CheckpointInfo(
-        config=run.model_dump(mode="json"),
-        findings=card.findings,
-        image_size=card.image_size,
-        pixels=card.pixels,
-        step=step,
-        epoch=epoch,
-        metrics={k: v for k, v in metrics.items() if isinstance(v, int | float)},
-        thresholds=thresholds,
-        data_digest=card.digest,
-        git_commit=git_commit(),
-        versions=versions(),
-    )

@@ -24,8 +24,9 @@ from pipeline.manifest import list_column, matrix
 from pipeline.plan import Plan, RowGroup, Span
 from pipeline.single_positive import draw
 
-SPAN_ROWS = 1024
-"""Rows of one task: reading its window again costs a few per cent of augmenting them."""
+SPAN_ROWS = 2048
+"""Rows of one task, half a window: a task reads every row group of its window, so half as many rows would cost twice as
+much reading (0.2 instead of 0.1 ms an image of 224 px, beside 0.7 ms for both views)."""
 COLUMNS = ("row", "image_id", "image", "labels", "known")
 
 

@@ -6,22 +6,29 @@ other (`pipeline.spans`). The tasks run on Ray Data, or, where one machine is al
 """
 
 import gc
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from threading import Timer
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as pads
 import ray
-from ray.data import DataContext, Datasource, ExecutionResources, ReadTask
+from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from mpc.errors import UserError
-from pipeline import storage
+from pipeline import runtime, storage
 from pipeline.card import DatasetCard
 from pipeline.plan import Plan, Span
 from pipeline.spans import SPAN_ROWS, Arrays, SpanReader, TrainingData, arrays_of
 
+log = logging.getLogger(__name__)
+
+STARVED_SECONDS = 60.0
+"""After so long without a first batch it is said that the cluster may have no CPU left for reading."""
 FIRST_LEG, LEG_SPANS = 16, 256  # tasks planned at a time: few at first, which is soon done; never all of a large run
 BLOCK_BYTES = 4 << 20  # tasks hand out blocks of about this size, long before they end
 
@@ -33,7 +40,25 @@ def batches(
     run = _by_ray
     if data.backend == "torch":
         from pipeline.loader import loaded as run  # reading tasks import this module, and have no use for torch
-    yield from run(data, plan, rank, world_size, start_step, stop_step)
+    stream = run(data, plan, rank, world_size, start_step, stop_step)
+    with _told_if_starved(data):
+        first = next(stream, None)
+    if first is not None:
+        yield first
+    yield from stream
+
+
+@contextmanager
+def _told_if_starved(data: TrainingData) -> Iterator[None]:
+    """Says why it may take so long, should it: tasks wait without end, and without a word, for a CPU to become free."""
+    said = f"no batch for {STARVED_SECONDS:g} s: {data.tasks} reading tasks wait for data or for {data.task_cpus:g} CPU"
+    timer = Timer(STARVED_SECONDS, log.warning, [f"{said} each; see `ray status` for who holds the cluster's CPUs"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _by_ray(
@@ -43,11 +68,9 @@ def _by_ray(
     share = plan.batch_size // world_size
     for spans in _legs(plan.spans(start_step, stop_step, SPAN_ROWS // share)):
         source = _Planned(SpanReader(data, plan, rank, world_size), spans)
-        context = DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.execution_options.resource_limits = ExecutionResources(cpu=data.tasks * data.task_cpus)
-        context.target_max_block_size = source.block_bytes
-        dataset = ray.data.read_datasource(source, override_num_blocks=len(source.spans), num_cpus=data.task_cpus)
+        planned = ray.data.read_datasource(source, override_num_blocks=len(source.spans), num_cpus=data.task_cpus)
+        cpus = data.tasks * data.task_cpus
+        dataset = runtime.configured(planned, ordered=True, cpus=cpus, block_bytes=source.block_bytes)
         for table in dataset.iter_batches(batch_size=share, batch_format="pyarrow", prefetch_batches=2):
             yield arrays_of(table, data.card.image_size)
 

@@ -69,7 +69,7 @@ def results(task: Callable[[Item], Item], items: Sequence[Item], cpus: float) ->
     if 0 < largest < cpus:
         raise UserError(f"prepare.task_cpus={cpus:g}, but no machine offers more than {largest:g} CPUs; lower it")
     dataset = ray.data.from_items(list(items), override_num_blocks=len(items)).map(task, num_cpus=cpus)
-    for row in dataset.iter_rows():
+    for row in runtime.configured(dataset, ordered=False).iter_rows():
         if row["error"]:
             raise UserError(row["error"])
         yield row

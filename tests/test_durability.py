@@ -14,15 +14,15 @@ import pytest
 from conftest import free_port
 from factory import tiny_data
 from mlflow.tracking import MlflowClient
+from proxy import Proxy, drop
 from test_search import epochs_of, start, write_space
-from test_storage_faults import Proxy, drop
 
 from infra.console import PlainDisplay
 from infra.searching import search as searched
 from infra.settings import Settings
 from pipeline import storage
 from pipeline.config import RunConfig
-from pipeline.record import MetricsLog
+from pipeline.record import MetricsLog, read_lines
 from tuning.config import SearchConfig
 from tuning.domains import Dimension, Space
 from tuning.sync import sync
@@ -133,8 +133,8 @@ def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
     killed = start(data, out, run(), config, yaml, errors=errors)
     wait_for(lambda: len(started()) == 2, killed, errors)  # the first one is through
     kill(killed)
-    first = next(uri for uri in started() if len(MetricsLog(storage.parent(uri)).read()) == 3)
-    before = MetricsLog(storage.parent(first)).read()
+    first = next(uri for uri in started() if len(read_lines(uri)) == 3)
+    before = read_lines(first)
     assert start(data, out, run(), config, yaml, "resume", errors=errors).wait(timeout=400) == 0, errors.read_text()
     record = json.loads(storage.read_bytes(f"{out}/search.json"))
     trials = [trial for trial in record["trials"] if trial["status"] != "lost"]
@@ -144,7 +144,7 @@ def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
     assert [trial["status"] for trial in bad] == ["stopped"] * 3
     # the one that was killed may have been on its way to the next comparison
     assert sorted(trial["epochs"] for trial in bad)[:2] == [1, 1]
-    assert MetricsLog(storage.parent(first)).read() == before, "what was finished is not run again"
+    assert read_lines(first) == before, "what was finished is not run again"
     left = {uri.split("/")[-3] for uri in storage.list_files(f"{out}/tune", ["model.safetensors"])}
     assert left == {record["best"]}
     assert storage.exists(f"{out}/best/model.safetensors")

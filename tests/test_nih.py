@@ -1,5 +1,7 @@
 """NIH source: its layouts, its lists, and one clear line for whatever does not match."""
 
+import csv
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,8 @@ from PIL import Image
 from test_cli import call
 
 from mpc.errors import UserError
-from pipeline.config import PrepareConfig
 from pipeline.manifest import matrix
+from pipeline.prepare_config import PrepareConfig
 from pipeline.shards import survey
 from pipeline.sources import open_source
 from pipeline.sources.phantom.labels import FINDINGS
@@ -153,14 +155,22 @@ def test_the_real_table(shared_data):
     assert len(source.quarantine) == 0
 
 
-def test_the_table_of_all_112120_images_without_images(shared_data, tmp_path):
+def test_the_table_of_all_112120_images_with_stubs_for_images(shared_data, tmp_path):
     (tmp_path / "images").mkdir()
     table = tmp_path / "Data_Entry_2017_v2020.csv.gz"
     table.write_bytes((shared_data / "Data_Entry_2017_v2020.csv.gz").read_bytes())
-    Image.new("L", (4, 4)).save(tmp_path / "images" / "00000001_000.png")
-    source = opened(tmp_path)
-    assert len(source.table) == 1
-    assert len(source.quarantine) == 112_119
+    with gzip.open(table, "rt") as lines:
+        names = [row["Image Index"] for row in csv.DictReader(lines)]
+    for name in names[1:]:
+        (tmp_path / "images" / name).touch()
+    found = survey(PrepareConfig(source="nih"), str(tmp_path))
+    assert found.source.quarantine["source"].to_pylist() == [f"{tmp_path}/images/{names[0]}"]
+    manifest = found.manifest
+    assert set(manifest["image_id"].to_pylist()) == {name.removesuffix(".png") for name in names[1:]}
+    assert sum(counts.images for counts in found.counts.values()) == 112_119
+    labelled = matrix(manifest["labels"]).any(1)
+    assert labelled.sum() == 51_759 - 1
+    assert (np.array(manifest["split"].to_pylist())[~labelled] != "train").all()
 
 
 def test_several_roots_are_one_collection(tmp_path):
@@ -196,6 +206,16 @@ def test_roots_keep_their_own_faults_and_strata(tmp_path):
     (second / "Data_Entry_2017_v2020.csv").unlink()
     with pytest.raises(UserError, match=rf"{second} holds no NIH table"):
         open_source(PrepareConfig(source="nih"), [str(first), str(second)])
+
+
+def test_the_root_of_an_image_can_be_a_stratum(tmp_path):
+    second = [("00000003_000.png", "Mass", "3", "8", "F", "AP")]
+    roots = [str(collection(tmp_path / "one")), str(collection(tmp_path / "two", rows=second))]
+    source = open_source(PrepareConfig(source="nih", strata=("collection",)), roots)
+    assert source.table["collection"].to_pylist() == ["one", "one", "one", "two"]
+    alike = [str(collection(tmp_path / part / "images", rows=rows)) for part, rows in (("a", ROWS[:1]), ("b", second))]
+    source = open_source(PrepareConfig(source="nih", strata=("collection",)), alike)
+    assert source.table["collection"].to_pylist() == ["1: images", "2: images"]
 
 
 def test_root_may_be_repeated_on_the_command_line(tmp_path):

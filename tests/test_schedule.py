@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import PlainHost, tiny
+from runs import PlainHost, tiny
 
 from mpc.checkpoint import load_weights
 from mpc.errors import UserError
@@ -24,17 +24,19 @@ def scheduled(*changes: tuple[int, dict[str, Any]], epochs: int = 3, **loss: flo
 
 
 def history(run: RunConfig, data: str, out: Path, stop_after: int | None = None) -> list[dict[str, Any]]:
-    """The epochs of a run in this process; its checkpoints stay in `out`."""
+    """The epochs of a run in this process, which may be stopped after some; its checkpoints stay in `out`."""
     lines: list[dict[str, Any]] = []
 
     class Host(PlainHost):
         def report(self, metrics: dict[str, Any], checkpoint: Path) -> None:
             lines.append(metrics)
             super().report(metrics, checkpoint)
+            if len(lines) == stop_after:
+                raise KeyboardInterrupt
 
     out.mkdir(exist_ok=True)
     try:
-        Loop(run, data, read_card(data), Host(out, stop_after)).fit()
+        Loop(run, data, read_card(data), Host(out)).fit()
     except KeyboardInterrupt:
         assert stop_after is not None
     return lines
@@ -54,7 +56,7 @@ def test_settings_change_at_their_epochs(phantom_data: str, tmp_path: Path) -> N
         assert line["settings"]["optim.lr"] == lr
         assert line["settings"]["loss.lambda_ipc"] == weights[0]
     (tmp_path / "halves").mkdir()
-    history(run, phantom_data, tmp_path / "halves", stop_after=2 * steps)
+    history(run, phantom_data, tmp_path / "halves", stop_after=2)
     again = history(run, phantom_data, tmp_path / "halves")
     assert [line["epoch"] for line in again] == [3]
     last = max((tmp_path / "whole").glob("step-*")).name

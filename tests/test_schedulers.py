@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from factory import tiny_data
-from test_train import PlainHost
+from runs import PlainHost
 
 from infra.settings import load, run_config
 from mpc.checkpoint import read_info

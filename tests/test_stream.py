@@ -1,17 +1,23 @@
 """The training stream against the same work done in one process, and the scan that evaluation reads."""
 
+import copy
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
+from ray.data import DataContext
 
 from mpc.config import StrongConfig, ViewsConfig
 from mpc.errors import UserError
+from pipeline import stream
 from pipeline.card import read_card
 from pipeline.manifest import matrix
 from pipeline.plan import Plan, make_plan
@@ -148,3 +154,33 @@ def test_extension_types_are_refused_before_a_value_is_read() -> None:
 def test_what_a_reading_task_imports_needs_no_torch() -> None:
     code = "import sys, pipeline.stream; print('torch' in sys.modules); import albumentations.pytorch"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
+
+
+def test_a_stream_leaves_the_settings_of_the_process_alone(phantom_data: str) -> None:
+    before = copy.deepcopy(DataContext.get_current())
+    data, plan = training_data(phantom_data)
+    assert len(list(batches(data, plan, 0, 1, 0, 2))) == 2
+    assert DataContext.get_current() == before
+
+
+def test_a_stream_without_cpus_says_so_and_goes_on_when_they_are_free(
+    phantom_data: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stream, "STARVED_SECONDS", 0.5)
+    data, plan = training_data(phantom_data)
+
+    @ray.remote(num_cpus=2)
+    class Holder:
+        def ready(self) -> None:
+            """Answers as soon as it holds its CPUs."""
+
+    holder = Holder.remote()
+    ray.get(holder.ready.remote())
+    with ThreadPoolExecutor(1) as pool:
+        count = pool.submit(lambda: len(list(batches(data, plan, 0, 1, 0, 2))))
+        while not caplog.messages and not count.done():
+            time.sleep(0.05)
+        assert not count.done()
+        ray.kill(holder)
+        assert count.result() == 2
+    assert "no batch for 0.5 s: 2 reading tasks wait for data or for 0.5 CPU each" in caplog.text

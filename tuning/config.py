@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mpc.config import Config, NonNegative, Positive, Share
-from pipeline.config import Count
+from mpc.config import Config, Count, NonNegative, Positive, Share
 
 Fraction = Annotated[float, Field(gt=0.0, le=0.5)]
 

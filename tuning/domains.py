@@ -113,6 +113,11 @@ class Dimension(NamedTuple):
         step = self.values[2] if kind.stepped else 1
         return [self.fit(low + number * step) for number in range(round((high - low) / step) + 1)]
 
+    def written(self) -> dict[str, Any]:
+        """The domain as a space's file holds it."""
+        condition = {"when": {path: list(allowed) for path, allowed in self.when}} if self.when else {}
+        return {self.kind: list(self.values), **condition}
+
     def text(self) -> str:
         """The domain for people."""
         shown = f"{self.kind} {', '.join(map(str, self.values))}"

@@ -13,11 +13,11 @@ from mpc.method import Batch
 from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
-from pipeline.host import Metrics
+from pipeline.host import Host, Metrics
 from pipeline.loop import Loop
-from pipeline.record import METRICS_FILE, MetricsLog
+from pipeline.record import METRICS_FILE, read_lines
 from tuning.config import SearchConfig
-from tuning.outcome import TRIALS
+from tuning.follow import TRIALS
 from tuning.schedulers import rungs
 
 STEPS = 3
@@ -46,7 +46,7 @@ class Forecast(NamedTuple):
 def pace(run: RunConfig, data: str, card: DatasetCard, out: str) -> Pace:
     """What an epoch takes: by the record of the search in `out`, else by steps on random images in this process."""
     files = storage.list_files(storage.join(out, TRIALS), [METRICS_FILE]) if storage.exists(out) else []
-    seconds = [line["seconds"] for file in files for line in MetricsLog(storage.parent(file)).read()]
+    seconds = [line["seconds"] for file in files for line in read_lines(file)]
     if seconds:
         return Pace(sum(seconds) / len(seconds), f"the {len(seconds)} epochs that this search has already trained")
     return _timed(run, data, card)
@@ -64,7 +64,7 @@ def forecast(config: SearchConfig, run: RunConfig, trials: int, concurrent: int,
     return Forecast(trials, most, expected, hours[0], hours[1])
 
 
-class _Here:
+class _Here(Host):
     """A plain process as host of a loop that only takes steps."""
 
     rank, world_size = 0, 1
@@ -81,6 +81,10 @@ class _Here:
 
     def log(self, line: Metrics) -> None:
         """Nobody looks."""
+
+    def leave(self, name: str, content: bytes) -> str:
+        """Nothing stays of such steps."""
+        return name
 
 
 def _timed(run: RunConfig, data: str, card: DatasetCard) -> Pace:

@@ -36,6 +36,8 @@ def followed(listeners: Sequence[SearchListener]) -> Iterator[None]:
         _listeners.clear()
 
 
+TRIALS = "trials"
+"""Folder of a search with one folder a trial: its record, and what it left."""
 STATE = "tune"
 """Folder of Tune's own state below that of a search: one folder a trial, with its checkpoints."""
 CELL = "cell"

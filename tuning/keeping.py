@@ -13,7 +13,7 @@ from mpc.errors import UserError
 from pipeline import storage
 from pipeline.checkpoints import BEST, Found, found_in
 from pipeline.record import MetricsLog
-from pipeline.train import STORAGE_NAME
+from pipeline.worker import STORAGE_NAME
 from tuning.config import SearchConfig
 from tuning.follow import name_of
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import yaml
 from ray import tune
 
@@ -14,20 +13,21 @@ from mpc.checkpoint import INFO
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
+from pipeline.checkpoints import best_of as best_stored
 from pipeline.checkpoints import found_in, publish
 from pipeline.config import RunConfig
 from pipeline.record import METRICS_FILE, MetricsLog
-from pipeline.train import STORAGE_NAME
+from pipeline.worker import STORAGE_NAME
 from tuning import budget, journal
 from tuning.config import SearchConfig
 from tuning.domains import Space
-from tuning.follow import CELL, STATE
+from tuning.follow import CELL, STATE, TRIALS
 from tuning.keeping import best_of, best_value, delete_checkpoints
 from tuning.schedulers import rungs
 from tuning.searchers import COST
 from tuning.trial import LEGS_FILE
 
-TRIALS, SEARCH_FILE = "trials", "search.json"
+SEARCH_FILE = "search.json"
 RUN_FILE = "best.yaml"
 """Settings of the best trial, its schedule included, for `train --config`."""
 
@@ -161,7 +161,7 @@ class Conclusion:
 
     def _lost(self, known: Mapping[str, Any]) -> list[Trial]:
         """Trials that left epochs but are not in Tune's state: a killed driver had not noted them yet."""
-        found = {storage.name(storage.parent(uri)) for uri in storage.list_files(self.folder, [METRICS_FILE])}
+        found = {uri.partition("?")[0].split("/")[-2] for uri in storage.list_files(self.folder, [METRICS_FILE])}
         error = "killed with the driver before the search had noted it; another trial took its place"
         lost = []
         for name in sorted(found - known.keys()):
@@ -187,11 +187,11 @@ class Conclusion:
         return sorted(valued, key=lambda trial: sign * (trial.value or 0.0), reverse=True)
 
     def _publish(self, name: str) -> str:
-        """Copies the best checkpoint of the best trial to best/."""
+        """Copies the best checkpoint of the best trial to best/: with several workers the best by train.metric."""
         if self.run.train.num_workers > 1:  # its checkpoints lie with Ray Train, in the trial's own folder
-            filesystem, path = storage.resolve(storage.join(self.folder, name, STORAGE_NAME))
-            result = ray.train.Result.from_path(path, storage_filesystem=filesystem)
-            return publish(result.get_best_checkpoint(self.config.metric, self.config.mode), self.out)
+            found = best_stored(storage.join(self.folder, name, STORAGE_NAME))
+            assert found is not None, "a trial with a value has stored an epoch"
+            return publish(found[0], self.out)
         best = best_of(found_in(storage.join(self.out, STATE, name)), self.config)
         if best is None:
             raise UserError(f"{self.out}: the checkpoints of trial {name}, the best one, are gone; search anew")

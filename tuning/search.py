@@ -11,7 +11,7 @@ from typing import Any
 from ray import tune
 from ray.tune import Callback, Stopper
 
-from mpc.errors import MissingError
+from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.config import RunConfig
@@ -20,10 +20,10 @@ from pipeline.scoring import require_validation
 from tuning.budget import Hours
 from tuning.config import SearchConfig
 from tuning.domains import Space
-from tuning.follow import STATE, Follow, SearchListener, followed, name_of
+from tuning.follow import STATE, TRIALS, Follow, SearchListener, followed, name_of
 from tuning.journal import Journal
 from tuning.keeping import Keep
-from tuning.outcome import TRIALS, Conclusion, SearchResult, identity
+from tuning.outcome import Conclusion, SearchResult, identity
 from tuning.resources import POPULATIONS, Plan, asked, cluster, plan
 from tuning.schedulers import make_scheduler
 from tuning.searchers import Beginning, Known, Proposals, make_proposals
@@ -63,6 +63,8 @@ def search(
     Raises:
         UserError: settings that do not fit the cluster or the data; nothing to resume; no trial that ended well.
     """
+    if run.train.min_workers is not None:
+        raise UserError("train.min_workers: trials keep their number of workers; unset it and set train.num_workers")
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
     require_validation(card)
@@ -103,7 +105,7 @@ class Work:
             base=self.run.model_dump(mode="json"),
             search=self.config.model_dump(mode="json"),
             data=self.data,
-            out=self.trials,
+            out=self.out,
         )
         paused = self.config.scheduler in POPULATIONS
         return tune.with_resources(function, asked(self.run, self.placed.concurrent if paused else None))

@@ -18,13 +18,13 @@ from pipeline.card import DatasetCard, read_card
 from pipeline.checkpoints import found_in, opened
 from pipeline.config import RunConfig
 from pipeline.dotted import flat
-from pipeline.host import Metrics
+from pipeline.host import Host, Metrics
 from pipeline.loop import Loop
 from pipeline.record import MetricsLog
 from pipeline.schedule import Change
 from tuning.config import SearchConfig
 from tuning.domains import Settings
-from tuning.follow import CELL, STATE
+from tuning.follow import CELL, STATE, TRIALS
 from tuning.searchers import COST, VALUE
 from tuning.space import apply
 
@@ -32,7 +32,7 @@ LEGS_FILE = "legs.json"
 """Of a trial under population based training: from where, and with which settings, it went on."""
 
 
-class TuneHost:
+class TuneHost(Host):
     """A trial of Ray Tune as host of the loop.
 
     Args:
@@ -45,7 +45,7 @@ class TuneHost:
 
     def __init__(self, out: str, *, use_gpu: bool, state: str | None = None) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.metrics, self.state = MetricsLog(out), state
+        self.out, self.metrics, self.state = out, MetricsLog(out), state
         self.unknown: tune.Checkpoint | None = None
         """What the trial goes on from although Tune did not name it."""
 
@@ -79,6 +79,12 @@ class TuneHost:
 
     def log(self, line: Metrics) -> None:
         """Trials show their epochs only."""
+
+    def leave(self, name: str, content: bytes) -> str:
+        """A file in the trial's folder."""
+        place = storage.join(self.out, name)
+        storage.write_bytes(place, content)
+        return place
 
 
 def newest(given: tune.Checkpoint | None, state: str) -> tune.Checkpoint | None:
@@ -154,10 +160,10 @@ def run_trial(params: dict[str, Any], *, base: dict[str, Any], search: dict[str,
         base: configuration of a run, as JSON.
         search: configuration of the search, as JSON.
         data: URI of the prepared data set.
-        out: holds one folder a trial.
+        out: folder of the search.
     """
     trial_id, config, card = tune.get_context().get_trial_id(), SearchConfig.model_validate(search), read_card(data)
-    folder, state = storage.join(out, trial_id), storage.join(storage.parent(out), STATE, trial_id)
+    folder, state = (storage.join(out, part, trial_id) for part in (TRIALS, STATE))
     settings = params.get(CELL, params)
     run = apply(RunConfig.model_validate(base), settings, f"trial {trial_id}")
     if config.scheduler == "pbt":
