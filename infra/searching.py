@@ -17,6 +17,7 @@ from tuning.follow import STATE, TRIALS
 from tuning.listeners import MlflowCallback, close_run, data_tags, open_run
 from tuning.outcome import SearchResult
 from tuning.record import Status
+from tuning.report import write_search
 from tuning.searchers import Beginning
 from tuning.tracking import Tracker
 from tuning.warm import Target, earlier_trials
@@ -93,7 +94,6 @@ def show_left_out(known: int, left_out: Sequence[Mapping[str, str]]) -> None:
 
 
 def report(settings: Settings, checkpoint: Path, data: str, out: str) -> str:
-    """Scores the best checkpoint on the validation split, writes search.html into `out` and gives its place."""
-    scores, page = storage.join(out, "val"), storage.join(out, "search.html")
-    evaluate(settings, checkpoint, data, "val", scores, title="Search", report=page, search=out)
-    return page
+    """Scores the best checkpoint on the validation split, with a report in val/; the place of search.html."""
+    evaluate(settings, checkpoint, data, "val", storage.join(out, "val"), title="Best trial", search=out)
+    return write_search(out)

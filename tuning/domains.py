@@ -33,7 +33,7 @@ KINDS = {
     "qlogint": Kind(True, True, True),
 }
 """Domains of numbers: `[low, high]`, or `[low, high, step]` for those with a q; both ends belong to them."""
-CHOICE = "choice"
+CHOICE, WHEN = "choice", "when"
 
 Settings = dict[str, Any]
 """Dotted path and value of what one trial tries; a setting whose condition does not hold is absent."""
@@ -115,8 +115,28 @@ class Dimension(NamedTuple):
 
     def written(self) -> dict[str, Any]:
         """The domain as a space's file holds it."""
-        condition = {"when": {path: list(allowed) for path, allowed in self.when}} if self.when else {}
+        condition = {WHEN: {path: list(allowed) for path, allowed in self.when}} if self.when else {}
         return {self.kind: list(self.values), **condition}
+
+    @classmethod
+    def of(cls, path: str, written: Mapping[str, Any]) -> "Dimension":
+        """The dimension that `written` came from; nothing is checked."""
+        kind = next(name for name in written if name != WHEN)
+        when = tuple((name, tuple(allowed)) for name, allowed in written.get(WHEN, {}).items())
+        return cls(path, kind, tuple(written[kind]), when)
+
+    def share(self, value: Any) -> float:
+        """Where a value lies from the lower bound, 0, to the upper one, 1; choices lie evenly in between."""
+        if self.kind == CHOICE:
+            options = self.points()
+            return options.index(value) / max(1, len(options) - 1)
+        low, high, value = (math.log(v) if KINDS[self.kind].log else v for v in (*self.values[:2], value))
+        return float((value - low) / (high - low))
+
+    def at(self, share: float) -> float:
+        """The number at a share of a domain of numbers."""
+        low, high = self.values[:2]
+        return float(low * (high / low) ** share if KINDS[self.kind].log else low + share * (high - low))
 
     def text(self) -> str:
         """The domain for people."""

@@ -23,6 +23,7 @@ from tuning.config import SearchConfig
 from tuning.domains import Space
 from tuning.follow import CELL, STATE, TRIALS
 from tuning.keeping import best_of, best_value, delete_checkpoints
+from tuning.pareto import front
 from tuning.schedulers import rungs
 from tuning.searchers import COST
 from tuning.trial import LEGS_FILE
@@ -127,6 +128,7 @@ class Conclusion:
             "max_epochs": self.run.train.epochs,
             "max_trials": self.config.max_trials,
             **identity(self.run, self.config, self.space, self.card),
+            "domains": {dimension.path: dimension.written() for dimension in self.space.dimensions},
             "rungs": rungs(self.config, self.run.train.epochs),
             "ended_by": "hours" if by_hours else "trials",
             "warm_start": dict(warm_start),
@@ -203,13 +205,8 @@ def pareto(trials: Sequence[Trial], config: SearchConfig) -> list[str]:
     if config.searcher != "pareto":
         return []
     sign = 1.0 if config.mode == "max" else -1.0
-    points = [
+    return front(
         (trial.cost, -sign * trial.value, trial.trial_id)
         for trial in trials
         if trial.value is not None and trial.cost is not None and trial.status in ("finished", "stopped")
-    ]
-    front: list[tuple[float, float, str]] = []
-    for point in sorted(points):
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    return [name for _, _, name in front]
+    )

@@ -21,9 +21,8 @@ import yaml
 from mpc.errors import MissingError, UserError
 from pipeline.config import RunConfig
 from pipeline.dotted import check_path, leaves, merge, nested, validate
-from tuning.domains import CHOICE, KINDS, Dimension, Settings, Space
+from tuning.domains import CHOICE, KINDS, WHEN, Dimension, Settings, Space
 
-WHEN = "when"
 FIXED = ("train.epochs", "train.num_workers", "train.use_gpu", "train.gpus", "train.worker_cpus", "train.schedule",
          "train.checkpoint_every", "train.max_failures", "data.backend", "data.tasks", "data.task_cpus")  # fmt: skip
 """What all trials share: epochs, and what they ask of the cluster."""

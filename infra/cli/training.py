@@ -128,7 +128,7 @@ def tune(
     show_trials(result, settings.search.metric, settings.search.mode)
     say(f"best checkpoint: {result.best_checkpoint}")
     say(f"its settings, for train --config: {storage.join(out, RUN_FILE)}")
-    say(f"report: {report(settings, fetch(result.best_checkpoint), data, out)}")
+    say(f"what was found: {report(settings, fetch(result.best_checkpoint), data, out)}")
 
 
 def show_trials(result: "SearchResult", metric: str, mode: str) -> None:
