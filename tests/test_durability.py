@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from conftest import free_port
-from factory import tiny_data
 from mlflow.tracking import MlflowClient
 from proxy import Proxy, drop
 from test_search import epochs_of, start, write_space
@@ -38,14 +37,6 @@ GOOD_THEN_BAD = 11
 """A seed of random search that draws the good rate once, then the bad one three times."""
 GOOD_OR_BAD = "optim.lr: {choice: [0.003, 0.000000001]}"
 LR = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> str:
-    """A few dozen phantoms: an epoch is soon done."""
-    folder = tmp_path_factory.mktemp("few")
-    tiny_data(folder / "data")
-    return str(folder / "data")
 
 
 def run(**train: Any) -> RunConfig:
@@ -75,7 +66,7 @@ class Watching(PlainDisplay):
         self.sizes.append(size(self.folder))
 
 
-def test_a_search_without_its_tracking_server_ends_and_fills_no_disk(data: str, tmp_path: Path) -> None:
+def test_a_search_without_its_tracking_server_ends_and_fills_no_disk(few_data: str, tmp_path: Path) -> None:
     epochs, trials, out = 4, 3, tmp_path / "search"
     config = {
         **LOSS,
@@ -87,7 +78,7 @@ def test_a_search_without_its_tracking_server_ends_and_fills_no_disk(data: str, 
     }
     settings = Settings.model_validate({**run(epochs=epochs).model_dump(), "search": config})
     display = Watching(out)
-    result = searched(settings, LR, data, str(out), f"http://127.0.0.1:{free_port()}", display)
+    result = searched(settings, LR, few_data, str(out), f"http://127.0.0.1:{free_port()}", display)
     assert [trial.status for trial in result.trials] == ["finished"] * trials
     one = size(Path(result.best_checkpoint))
     # of the running trial the best, the last two and the one just written, of those that have ended the best one's
@@ -122,7 +113,7 @@ def kill(process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
-    data: str, bucket: str, tmp_path: Path
+    few_data: str, bucket: str, tmp_path: Path
 ) -> None:
     """The first trial is good, the others are bad: without memory, the next one had nothing to be compared with."""
     yaml = write_space(tmp_path, GOOD_OR_BAD)
@@ -130,12 +121,12 @@ def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
     config = SearchConfig(**LOSS, **asha, searcher="random", max_trials=4, seed=GOOD_THEN_BAD, keep_trials=1)
     out, errors = f"{bucket}/search", tmp_path / "errors.txt"
     started = lambda: storage.list_files(bucket, ["trial.json"])  # noqa: E731
-    killed = start(data, out, run(), config, yaml, errors=errors)
+    killed = start(few_data, out, run(), config, yaml, errors=errors)
     wait_for(lambda: len(started()) == 2, killed, errors)  # the first one is through
     kill(killed)
     first = next(uri for uri in started() if len(read_lines(uri)) == 3)
     before = read_lines(first)
-    assert start(data, out, run(), config, yaml, "resume", errors=errors).wait(timeout=400) == 0, errors.read_text()
+    assert start(few_data, out, run(), config, yaml, "resume", errors=errors).wait(timeout=400) == 0, errors.read_text()
     record = json.loads(storage.read_bytes(f"{out}/search.json"))
     trials = [trial for trial in record["trials"] if trial["status"] != "lost"]
     good = [trial for trial in trials if trial["params"]["optim.lr"] == 0.003]
@@ -152,13 +143,13 @@ def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
 
 @pytest.mark.slow
 def test_a_bucket_that_is_away_for_a_while_costs_no_trial(
-    data: str, bucket: str, s3_server: str, tmp_path: Path
+    few_data: str, bucket: str, s3_server: str, tmp_path: Path
 ) -> None:
     proxy, errors = Proxy(s3_server), tmp_path / "errors.txt"
     out = f"{bucket}/search?endpoint_override={proxy.endpoint}"
     config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=2, max_concurrent=1)
     try:
-        searching = start(data, out, run(max_failures=0), config, write_space(tmp_path, GOOD_OR_BAD), errors=errors)
+        searching = start(few_data, out, run(max_failures=0), config, write_space(tmp_path, GOOD_OR_BAD), errors=errors)
         wait_for(lambda: storage.list_files(bucket, ["metrics.jsonl"]), searching, errors)
         proxy.fail(*[drop] * 1000)
         wait_for(lambda: len(proxy.met) >= 6, searching, errors)
@@ -212,11 +203,11 @@ cluster.shutdown()
 
 
 @pytest.mark.slow
-def test_a_trial_goes_on_elsewhere_when_its_machine_is_lost(data: str, tmp_path: Path) -> None:
+def test_a_trial_goes_on_elsewhere_when_its_machine_is_lost(few_data: str, tmp_path: Path) -> None:
     yaml = write_space(tmp_path, "optim.lr: {loguniform: [0.001, 0.01]}")
     config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=3)
     out = tmp_path / "search"
-    arguments = [data, str(out), run().model_dump_json(), config.model_dump_json(), yaml]
+    arguments = [few_data, str(out), run().model_dump_json(), config.model_dump_json(), yaml]
     command = [sys.executable, "-c", LOSE_A_NODE, *arguments]
     with TemporaryDirectory() as place:  # a cluster notes its address there, and others would take it for theirs
         environment = {**os.environ, "RAY_TMPDIR": place}
@@ -228,15 +219,15 @@ def test_a_trial_goes_on_elsewhere_when_its_machine_is_lost(data: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_population_is_killed_and_goes_on(data: str, tmp_path: Path) -> None:
+def test_a_population_is_killed_and_goes_on(few_data: str, tmp_path: Path) -> None:
     config = SearchConfig(
         **LOSS, searcher="random", scheduler="pbt", max_trials=3, max_concurrent=1, seed=1, pbt={"quantile": 0.34}
     )
     out, errors, yaml = tmp_path / "search", tmp_path / "errors.txt", write_space(tmp_path, GOOD_OR_BAD)
-    killed = start(data, out, run(epochs=4), config, yaml, errors=errors)
+    killed = start(few_data, out, run(epochs=4), config, yaml, errors=errors)
     wait_for(lambda: len(epochs_of(out)) == 3 and max(epochs_of(out).values()) >= 2, killed, errors)
     kill(killed)
-    assert start(data, out, run(epochs=4), config, yaml, "resume", errors=errors).wait(timeout=400) == 0, (
+    assert start(few_data, out, run(epochs=4), config, yaml, "resume", errors=errors).wait(timeout=400) == 0, (
         errors.read_text()[-3000:]
     )
     record = json.loads((out / "search.json").read_text())

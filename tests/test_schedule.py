@@ -20,7 +20,7 @@ TERMS = {"lambda_ipc": 0.5, "lambda_fpc": 0.0, "lambda_btc": 0.1, "warmup_epochs
 
 def scheduled(*changes: tuple[int, dict[str, Any]], epochs: int = 3, **loss: float) -> RunConfig:
     schedule = [{"epoch": epoch, "settings": settings} for epoch, settings in changes]
-    return tiny(loss={**TERMS, **loss}, train={"epochs": epochs, "schedule": schedule})
+    return tiny(loss={**TERMS, **loss}, train={"epochs": epochs, "batch_size": 8, "schedule": schedule})
 
 
 def history(run: RunConfig, data: str, out: Path, stop_after: int | None = None) -> list[dict[str, Any]]:
@@ -42,11 +42,11 @@ def history(run: RunConfig, data: str, out: Path, stop_after: int | None = None)
     return lines
 
 
-def test_settings_change_at_their_epochs(phantom_data: str, tmp_path: Path) -> None:
+def test_settings_change_at_their_epochs(few_data: str, tmp_path: Path) -> None:
     first = {"optim.lr": 0.001, "loss.lambda_ipc": 0.2, "loss.lambda_btc": 0.3, "optim.weight_decay": 0.5}
     run = scheduled((1, first), (2, {"optim.lr": 0.0005}))
-    loop = Loop(run, phantom_data, read_card(phantom_data), PlainHost(tmp_path))
-    lines = history(run, phantom_data, tmp_path / "whole")
+    loop = Loop(run, few_data, read_card(few_data), PlainHost(tmp_path))
+    lines = history(run, few_data, tmp_path / "whole")
     steps = loop.plan.steps_per_epoch
     for line, lr, weights in zip(lines, (0.003, 0.001, 0.0005), ((0.5, 0.1), (0.2, 0.3), (0.2, 0.3)), strict=True):
         factor = relative_rate(line["step"], warmup=round(0.05 * 3 * steps), total=3 * steps)
@@ -56,19 +56,19 @@ def test_settings_change_at_their_epochs(phantom_data: str, tmp_path: Path) -> N
         assert line["settings"]["optim.lr"] == lr
         assert line["settings"]["loss.lambda_ipc"] == weights[0]
     (tmp_path / "halves").mkdir()
-    history(run, phantom_data, tmp_path / "halves", stop_after=2)
-    again = history(run, phantom_data, tmp_path / "halves")
+    history(run, few_data, tmp_path / "halves", stop_after=2)
+    again = history(run, few_data, tmp_path / "halves")
     assert [line["epoch"] for line in again] == [3]
     last = max((tmp_path / "whole").glob("step-*")).name
     whole, halves = (load_weights(tmp_path / name / last, "model") for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole), "a resumed schedule is the same schedule"
 
 
-def test_strengths_of_views_and_perturbation_change_at_their_epochs(phantom_data: str, tmp_path: Path) -> None:
+def test_strengths_of_views_and_perturbation_change_at_their_epochs(few_data: str, tmp_path: Path) -> None:
     """Without any operation the strong view is the weak one, and without dropout the features are: equal terms."""
     calm = {"views.strong.ops": 0, "views.strong.blur": 0.0, "views.strong.cutout": 0.0, "views.red.p": 0.0}
     run = scheduled((1, {**calm, "model.perturb.rate": 0.0}), epochs=2, lambda_fpc=0.5)
-    before, after = history(run, phantom_data, tmp_path / "out")
+    before, after = history(run, few_data, tmp_path / "out")
     assert before["loss_ipc"] != pytest.approx(before["loss_fpc"], rel=1e-3)
     assert after["loss_ipc"] == pytest.approx(after["loss_fpc"], rel=1e-5)
 

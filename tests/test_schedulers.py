@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from factory import tiny_data
+from pages import Page
 from runs import PlainHost
 
 from infra.settings import load, run_config
@@ -20,6 +20,7 @@ from pipeline.record import MetricsLog
 from tuning.config import SearchConfig
 from tuning.domains import Dimension, Space
 from tuning.outcome import SearchResult, Trial, pareto
+from tuning.report import write_search
 from tuning.search import search
 from tuning.space import apply
 from tuning.trial import mflops
@@ -38,14 +39,6 @@ RATES = Dimension("optim.lr", "choice", (0.003, 0.000000001))
 """One that learns and one that does not."""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> str:
-    """A few dozen phantoms: an epoch is soon done."""
-    folder = tmp_path_factory.mktemp("few")
-    tiny_data(folder / "data")
-    return str(folder / "data")
-
-
 def epochs(count: int) -> RunConfig:
     return BASE.model_copy(update={"train": BASE.train.model_copy(update={"epochs": count})})
 
@@ -53,8 +46,11 @@ def epochs(count: int) -> RunConfig:
 def searched(
     out: Path, data: str, space: Space, base: RunConfig = BASE, **config: Any
 ) -> tuple[SearchResult, dict[str, Any]]:
-    """A search and its search.json."""
+    """A search and its search.json; its page holds what every search's page does."""
     result = search(base, SearchConfig.model_validate({**LOSS, **config}), space, data, str(out))
+    words = Page(Path(write_search(str(out))).read_text()).words
+    assert result.best.trial_id in words["head"]
+    assert {"winner", "parallel", "importance", "slices", "curves", "time", "trials"} <= words.keys()
     return result, json.loads((out / "search.json").read_text())
 
 
@@ -73,12 +69,12 @@ def replayed(run: RunConfig, data: str, out: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def test_a_population_changes_settings_and_its_schedule_is_replayed(data: str, tmp_path: Path) -> None:
+def test_a_population_changes_settings_and_its_schedule_is_replayed(few_data: str, tmp_path: Path) -> None:
     space = Space((RATES, Dimension("loss.lambda_ipc", "uniform", (0.2, 1.0))))
     pbt = {"interval": 1, "quantile": 0.34, "resample": 0.0}
     out = tmp_path / "search"
     result, record = searched(
-        out, data, space, scheduler="pbt", searcher="random", max_trials=3, max_concurrent=1, pbt=pbt, seed=1
+        out, few_data, space, scheduler="pbt", searcher="random", max_trials=3, max_concurrent=1, pbt=pbt, seed=1
     )
     assert [trial.status for trial in result.trials] == ["finished"] * 3
     first = {trial.trial_id: trial.legs[0]["settings"]["optim.lr"] for trial in result.trials}
@@ -89,7 +85,7 @@ def test_a_population_changes_settings_and_its_schedule_is_replayed(data: str, t
         assert leg["donor"] in first.keys() - {trial.trial_id}
         assert leg["schedule"][-1] == {"epoch": leg["epoch"], "settings": leg["settings"]}
         assert 0.2 <= leg["settings"]["loss.lambda_ipc"] <= 1.0
-        check_replay(trial, leg, data, out, tmp_path / trial.trial_id)
+        check_replay(trial, leg, few_data, out, tmp_path / trial.trial_id)
     best = run_config(load(str(out / "best.yaml")))
     assert best == RunConfig.model_validate(read_info(out / "best").config), "what `train --config` repeats"
     assert [change.model_dump(mode="json") for change in best.train.schedule] == (
@@ -112,11 +108,11 @@ def check_replay(trial: Trial, leg: dict[str, Any], data: str, out: Path, folder
         assert line["settings"] == again[line["epoch"]]["settings"]
 
 
-def test_a_grid_tries_every_point_and_the_median_stops_what_falls_behind(data: str, tmp_path: Path) -> None:
+def test_a_grid_tries_every_point_and_the_median_stops_what_falls_behind(few_data: str, tmp_path: Path) -> None:
     rates = (0.003, 0.0029, 0.0028, 0.000000001)
     space = Space((Dimension("optim.lr", "choice", rates),))
     config = {"searcher": "grid", "scheduler": "median", "max_trials": 4, "max_concurrent": 1}
-    result, record = searched(tmp_path / "search", data, space, epochs(2), **config)
+    result, record = searched(tmp_path / "search", few_data, space, epochs(2), **config)
     ended = {trial.params["optim.lr"]: (trial.status, trial.epochs) for trial in result.trials}
     first_three = dict.fromkeys(rates[:3], ("finished", 2))  # they have too few others to be compared with
     assert ended == {**first_three, 0.000000001: ("stopped", 1)}
@@ -124,21 +120,21 @@ def test_a_grid_tries_every_point_and_the_median_stops_what_falls_behind(data: s
     assert all(trial["started"] < trial["ended"] for trial in record["trials"])
 
 
-def test_hyperband_halves_its_brackets(data: str, tmp_path: Path) -> None:
+def test_hyperband_halves_its_brackets(few_data: str, tmp_path: Path) -> None:
     """With 2 epochs and factor 2: a bracket of two at full length, then one of two, of which one goes on."""
     space = Space((Dimension("optim.lr", "loguniform", (0.0001, 0.01)),))
     config = {"searcher": "random", "scheduler": "hyperband", "reduction_factor": 2, "max_concurrent": 1}
-    result, _ = searched(tmp_path / "search", data, space, epochs(2), max_trials=4, **config)
+    result, _ = searched(tmp_path / "search", few_data, space, epochs(2), max_trials=4, **config)
     assert sorted((trial.epochs, trial.status) for trial in result.trials) == [(1, "stopped")] + [(2, "finished")] * 3
 
 
-def test_two_aims_give_a_front(data: str, tmp_path: Path) -> None:
+def test_two_aims_give_a_front(few_data: str, tmp_path: Path) -> None:
     space = Space((Dimension("model.backbone", "choice", ("test_efficientnet_gn", "test_vit")),))
     config = {"searcher": "pareto", "scheduler": "none", "cost": "mflops", "max_trials": 2, "max_concurrent": 1}
-    result, record = searched(tmp_path / "search", data, space, epochs(1), seed=11, **config)
+    result, record = searched(tmp_path / "search", few_data, space, epochs(1), seed=11, **config)
     costs = {trial.params["model.backbone"]: trial.cost for trial in result.trials}
     assert len(costs) == 2, "the seed draws both networks"
-    card = read_card(data)
+    card = read_card(few_data)
     for backbone, cost in costs.items():
         model = BASE.model.model_copy(update={"backbone": backbone})
         assert cost == mflops(BASE.model_copy(update={"model": model}), card)

@@ -32,6 +32,8 @@ BASE = RunConfig.model_validate(
         "train": {"epochs": 3, "batch_size": 64, "worker_cpus": 0.75},
     }
 )
+SMALL = BASE.model_copy(update={"train": BASE.train.model_copy(update={"batch_size": 8})})
+"""For a data set of a few dozen images."""
 LOSS = {"metric": "loss_sup", "mode": "min", "cpus_for_data": 0.5}
 
 
@@ -55,10 +57,10 @@ def test_concurrency_keeps_cpus_for_data() -> None:
         plan(wide, config, [{"CPU": 1.0}])
 
 
-def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(phantom_data: str, tmp_path: Path) -> None:
+def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(few_data: str, tmp_path: Path) -> None:
     # heads: 5 does not divide the network's 256 features, so that trial fails; a rate of 1e-9 learns nothing
     text = "optim.lr: {choice: [0.003, 0.000000001]}\nbtc.heads: {choice: [4, 4, 5]}"
-    once = BASE.train.model_copy(update={"max_failures": 0})  # what fails for its settings fails each time
+    once = SMALL.train.model_copy(update={"max_failures": 0})  # what fails for its settings fails each time
     base = BASE.model_copy(update={"loss": BASE.loss.model_copy(update={"lambda_btc": 0.1}), "train": once})
     config = SearchConfig(
         **LOSS,
@@ -71,7 +73,7 @@ def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(phantom_data: str, 
         seed=2,
     )
     out = tmp_path / "search"
-    result = search(base, config, spaces.load(write_space(tmp_path, text), base), phantom_data, str(out))
+    result = search(base, config, spaces.load(write_space(tmp_path, text), base), few_data, str(out))
     failed = [t for t in result.trials if t.status == "failed"]
     first_good = min(t.trial_id for t in result.trials if t.status != "failed" and t.params["optim.lr"] == 0.003)
     # trials run one after the other, in the order of their ids: before a good one there is nothing to compare with
@@ -120,11 +122,11 @@ def start(
 
 
 @pytest.mark.slow
-def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_data: str, tmp_path: Path) -> None:
+def test_a_killed_search_resumes_without_running_finished_trials_again(few_data: str, tmp_path: Path) -> None:
     yaml = write_space(tmp_path, "optim.lr: {loguniform: [0.001, 0.01]}")
     config = SearchConfig(**LOSS, scheduler="none", max_trials=4, max_concurrent=1)
     out = tmp_path / "search"
-    killed = start(phantom_data, out, BASE, config, yaml)
+    killed = start(few_data, out, SMALL, config, yaml)
     deadline = time.monotonic() + 240
     while sorted(epochs_of(out).values())[-2:] != [2, 3]:  # the first trial is through, the second in the middle
         assert time.monotonic() < deadline
@@ -134,7 +136,7 @@ def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_d
     killed.wait()
     first = next(name for name, epochs in epochs_of(out).items() if epochs == 3)
     written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns
-    assert start(phantom_data, out, BASE, config, yaml, "resume").wait(timeout=400) == 0
+    assert start(few_data, out, SMALL, config, yaml, "resume").wait(timeout=400) == 0
     trials = json.loads((out / "search.json").read_text())["trials"]
     # the running trial may have been killed before Tune had noted it: then it is listed, and another took its place
     lost = [t for t in trials if t["status"] == "lost"]

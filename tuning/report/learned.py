@@ -18,6 +18,8 @@ from pipeline.dotted import flat
 from pipeline.record import MetricsLog
 from tuning.domains import CHOICE, Dimension
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
 Array = NDArray[Any]
 
 SEARCH_FILE, TRIALS = "search.json", "trials"
@@ -127,16 +129,42 @@ class Lead(NamedTuple):
 
     on_second: float | None
     on_median: float | None
-    """Of all trials with a value."""
+    """Of the trials that ran to their end."""
+    finished: int
 
 
 def lead_of(found: Found) -> Lead:
     """Differences in the metric, positive where the winner is better."""
-    ranked = found.ranked
-    if len(ranked) < 2:
-        return Lead(None, None)
-    best, rest = ranked[0]["value"], [trial["value"] for trial in ranked]
-    return Lead(found.sign * (best - rest[1]), found.sign * (best - statistics.median(rest)))
+    best, *others = found.ranked
+    ended = [trial["value"] for trial in found.ranked if trial["status"] == "finished"]
+    on_second = found.sign * (best["value"] - others[0]["value"]) if others else None
+    on_median = found.sign * (best["value"] - statistics.median(ended)) if len(ended) > 1 else None
+    return Lead(on_second, on_median, len(ended))
+
+
+def levelled(found: Found) -> dict[str, float]:
+    """Values by trial as if all had run equally long, so that settings can be compared.
+
+    A trial that was stopped is credited with what those that went on gained after the same epoch, in the median; at
+    most up to the winner.
+    """
+    metric, limit, values = found.record["metric"], found.best["value"], {}
+    for trial in found.ranked:
+        value, last = trial["value"], trial["epochs"]
+        gains = [_gain(found, other, metric, last) for other in found.ranked if other["epochs"] > last]
+        known = [gain for gain in gains if gain is not None]
+        credited = value + found.sign * max(0.0, statistics.median(known)) if known else value
+        values[trial["trial_id"]] = credited if found.sign * (limit - credited) > 0 else limit
+        if trial["status"] == "finished":
+            values[trial["trial_id"]] = value
+    return values
+
+
+def _gain(found: Found, trial: Mapping[str, Any], metric: str, epoch: int) -> float | None:
+    """What a trial gained from the best of its first epochs to its best; None where they have no value."""
+    history = found.histories[trial["trial_id"]][:epoch]
+    before = [found.sign * line[metric] for line in history if line.get(metric) is not None]
+    return found.sign * trial["value"] - max(before) if before else None
 
 
 class Winner(NamedTuple):
@@ -185,10 +213,11 @@ def importances(found: Found) -> list[Importance]:
     trials = found.ranked
     if not found.comparable or not dimensions:
         return []
-    whole = _fanova(trials, dimensions, TREES)
-    draws = np.random.default_rng(0)
+    level = levelled(found)
+    points = [(trial["params"], level[trial["trial_id"]]) for trial in trials]
+    whole, draws = _fanova(points, dimensions, TREES), np.random.default_rng(0)
     resampled = [
-        _fanova([trials[i] for i in draws.integers(0, len(trials), len(trials))], dimensions, TREES_EACH)
+        _fanova([points[i] for i in draws.integers(0, len(points), len(points))], dimensions, TREES_EACH)
         for _ in range(RESAMPLES)
     ]
     rows = [
@@ -198,13 +227,15 @@ def importances(found: Found) -> list[Importance]:
     return sorted(rows, key=lambda row: -row.share)
 
 
-def _fanova(trials: Sequence[Mapping[str, Any]], dimensions: Sequence[Dimension], trees: int) -> dict[str, float]:
+def _fanova(
+    points: Sequence[tuple[Mapping[str, Any], float]], dimensions: Sequence[Dimension], trees: int
+) -> dict[str, float]:
     """Shares of the variance; 0 where a resample has a single value."""
     study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
     domains = {dimension.path: dimension.distribution() for dimension in dimensions}
-    for trial in trials:
-        settings = {path: trial["params"][path] for path in domains}
-        study.add_trial(optuna.trial.create_trial(params=settings, distributions=domains, value=trial["value"]))
+    for params, value in points:
+        settings = {path: params[path] for path in domains}
+        study.add_trial(optuna.trial.create_trial(params=settings, distributions=domains, value=value))
     shares = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
     return {path: float(shares.get(path, 0.0)) for path in domains}
 
@@ -221,7 +252,8 @@ class Expected:
         trials = found.ranked
         self.points = np.array([self._point(trial["params"], found.base) for trial in trials])
         forest = RandomForestRegressor(200, min_samples_leaf=2, random_state=0, n_jobs=1)
-        self.forest = forest.fit(self.points, [trial["value"] for trial in trials])
+        level = levelled(found)
+        self.forest = forest.fit(self.points, [level[trial["trial_id"]] for trial in trials])
 
     def _point(self, settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[float]:
         """Shares; a setting that was not searched here has the base's value, as in the trial itself."""

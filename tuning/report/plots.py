@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 from tuning.domains import CHOICE, KINDS, Dimension
 from tuning.report.charts import ACCENT, GREY, GRID, INK, STATUS_COLOURS, Chart, style, svg
-from tuning.report.learned import Expected, Found
+from tuning.report.learned import Expected, Found, levelled
 
 SCALE = LinearSegmentedColormap.from_list("values", ["#e9d8a6", "#94c9b4", ACCENT, "#062f3a"])
 """Bad to good: light to dark, so that it is read without colours too."""
+MOST_TICKS = 6
 POINTS = 25
 """Of an expected curve, and of each side of an expected surface."""
 Trials = Sequence[Mapping[str, Any]]
@@ -23,16 +24,17 @@ Trials = Sequence[Mapping[str, Any]]
 
 def parallel(found: Found) -> Chart:
     """A line a trial through all its settings to its value; one that a trial did not search leaves a gap."""
-    dimensions, ranked = found.dimensions, found.ranked
+    dimensions, level = found.dimensions, levelled(found)
+    ranked = sorted(found.ranked, key=lambda trial: -found.sign * level[trial["trial_id"]])
     width = max(4.7, 1.15 * (len(dimensions) + 1))
     figure = Figure(figsize=(width, 3.3))
-    axes = figure.add_axes((0.35 / width, 0.16, 1 - 0.85 / width, 0.68))
-    values = [trial["value"] for trial in ranked]
+    axes = figure.add_axes((0.35 / width, 0.04, 1 - 0.85 / width, 0.8))
+    values = list(level.values())
     for trial in reversed(ranked):  # the best one on top
-        settings, best = trial["params"], trial is ranked[0]
+        settings, best, value = trial["params"], trial["trial_id"] == found.record["best"], level[trial["trial_id"]]
         heights = [d.share(settings[d.path]) if d.path in settings else math.nan for d in dimensions]
-        goodness = _goodness(trial["value"], values, found.sign)
-        heights.append(_between(trial["value"], values))
+        goodness = _goodness(value, values, found.sign)
+        heights.append(_between(value, values))
         colour, strength = SCALE(goodness), 2.6 if best else 1.1
         axes.plot(heights, color=colour, lw=strength, alpha=1 if best else 0.8, marker="o", ms=4 if best else 2)
     for at, dimension in enumerate(dimensions):
@@ -67,16 +69,17 @@ def _marks(dimension: Dimension) -> list[tuple[float, str]]:
 def one_setting(found: Found, dimension: Dimension, expected: Expected | None) -> Chart:
     """Values of all trials over one setting, and what the forest expects."""
     figure = Figure(figsize=(3.2, 2.2))
-    axes = figure.add_axes((0.17, 0.2, 0.8, 0.74))
+    axes, level = figure.add_axes((0.17, 0.13, 0.8, 0.81)), levelled(found)
     if expected is not None:
-        shares = _shares(dimension)
-        marker = "_" if dimension.kind == CHOICE else ""
-        axes.plot(shares, expected.along({dimension.path: shares}), color=INK, lw=1.2, marker=marker, ms=16, alpha=0.6)
+        shares, chosen = _shares(dimension), dimension.kind == CHOICE
+        look: dict[str, Any] = {"lw": 0, "marker": "_", "ms": 22, "mew": 1.4} if chosen else {"lw": 1.2}
+        axes.plot(shares, expected.along({dimension.path: shares}), color=INK, alpha=0.6, **look)
     for trial in reversed([trial for trial in found.ranked if dimension.path in trial["params"]]):
         best = trial["trial_id"] == found.record["best"]
         colour = STATUS_COLOURS["best" if best else trial["status"]]
-        place = dimension.share(trial["params"][dimension.path])
-        axes.plot([place], [trial["value"]], "o", color=colour, ms=6.5 if best else 4, mec="white", mew=0.6)
+        place, stopped = dimension.share(trial["params"][dimension.path]), trial["status"] == "stopped" and not best
+        fill: dict[str, Any] = {"mfc": "white", "mec": colour, "mew": 1.1} if stopped else {"mec": "white", "mew": 0.6}
+        axes.plot([place], [level[trial["trial_id"]]], "o", color=colour, ms=6.5 if best else 4, **fill)
     style(axes)
     _ticks(axes, dimension, "x")
     axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
@@ -86,27 +89,32 @@ def one_setting(found: Found, dimension: Dimension, expected: Expected | None) -
 
 def two_settings(found: Found, first: Dimension, second: Dimension, expected: Expected) -> Chart:
     """What the forest expects over two settings, with the trials as dots."""
-    figure = Figure(figsize=(5.2, 3.4))
-    axes, beside = figure.add_axes((0.135, 0.15, 0.7, 0.8)), figure.add_axes((0.87, 0.15, 0.025, 0.8))
+    figure = Figure(figsize=(4.5, 3.1))
+    axes, beside = figure.add_axes((0.14, 0.15, 0.7, 0.81)), figure.add_axes((0.875, 0.15, 0.025, 0.81))
     across, up = _shares(first), _shares(second)
     grid = [points.ravel() for points in np.meshgrid(across, up)]
     surface = expected.along({first.path: grid[0], second.path: grid[1]}).reshape(len(up), len(across))
     scale = SCALE if found.sign > 0 else SCALE.reversed()
-    values = [trial["value"] for trial in found.ranked]
+    level = levelled(found)
+    values = list(level.values())
     norm = Normalize(min(values), max(values))
-    axes.contourf(across, up, surface, levels=np.linspace(min(values), max(values), 13), cmap=scale, norm=norm)
+    if CHOICE in (first.kind, second.kind):  # nothing lies between two choices
+        axes.pcolormesh(across, up, surface, shading="nearest", cmap=scale, norm=norm)
+    else:
+        axes.contourf(across, up, surface, levels=np.linspace(min(values), max(values), 13), cmap=scale, norm=norm)
     for trial in found.ranked:
         if first.path in trial["params"] and second.path in trial["params"]:
             x, y = (d.share(trial["params"][d.path]) for d in (first, second))
             best = trial["trial_id"] == found.record["best"]
             size, edge = (9, "white") if best else (5, INK)
-            colour = [scale(norm(trial["value"]))]
+            colour = [scale(norm(level[trial["trial_id"]]))]
             axes.scatter([x], [y], s=size**2, c=colour, edgecolors=edge, linewidths=1.6 if best else 0.7, zorder=4)
     style(axes)
     axes.grid(visible=False)
     _ticks(axes, first, "x")
     _ticks(axes, second, "y")
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xlabel=first.path, ylabel=second.path)
+    axes.set(xlabel=first.path, ylabel=second.path)
+    axes.margins(0.03)
     figure.colorbar(matplotlib.cm.ScalarMappable(norm, scale), cax=beside).outline.set_visible(False)
     beside.tick_params(labelsize=7, length=2, color=GREY)
     return Chart(svg(figure), f"expected {found.record['metric']} over {first.path} and {second.path}")
@@ -121,9 +129,9 @@ def over_time(found: Found) -> Chart | None:
     begin, end = timed[0]["started"], max(trial["ended"] for trial in timed)
     unit, divisor = ("hours", 3600) if end - begin >= 7200 else ("minutes", 60)
     height = min(6.0, 1.9 + 0.075 * len(timed))
-    figure = Figure(figsize=(5.2, height))
-    upper = figure.add_axes((0.135, 1 - 1.15 / height, 0.84, 1.05 / height))
-    lower = figure.add_axes((0.135, 0.42 / height, 0.84, 1 - 1.75 / height), sharex=upper)
+    figure = Figure(figsize=(4.5, height))
+    upper = figure.add_axes((0.14, 1 - 1.15 / height, 0.83, 1.05 / height))
+    lower = figure.add_axes((0.14, 0.42 / height, 0.83, 1 - 1.75 / height), sharex=upper)
     steps = _best_so_far(found, timed)
     times = [(moment - begin) / divisor for moment, _ in steps]
     upper.plot(times, [value for _, value in steps], color=ACCENT, lw=1.8, drawstyle="steps-post", marker="o", ms=3)
@@ -181,6 +189,8 @@ def _ticks(axes: Axes, dimension: Dimension, which: str) -> None:
     """An axis of shares in the domain's own numbers."""
     if dimension.kind == CHOICE:
         marks = _marks(dimension)
+    elif (kind := KINDS[dimension.kind]).integer and not kind.log and len(dimension.points()) <= MOST_TICKS:
+        marks = [(dimension.share(value), str(value)) for value in dimension.points()]
     else:
         places = (0, 0.5, 1) if KINDS[dimension.kind].log else (0, 0.25, 0.5, 0.75, 1)
         marks = [(place, f"{dimension.at(place):.2g}") for place in places]

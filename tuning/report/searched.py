@@ -24,6 +24,12 @@ SCHEDULERS = {
 }
 
 
+CREDITED = (
+    "A trial that was stopped is credited with what the others gained after the same epoch (median), at most up to the "
+    "winner, so that it can be compared."
+)
+
+
 def write_search(out: str) -> str:
     """Writes search.html into the folder of a search that has ended; its place. The same files give the same bytes.
 
@@ -44,6 +50,7 @@ def _content(found: Found) -> dict[str, Any]:
     table = trials.section(record)
     return {
         "record": record,
+        "credited": CREDITED if table["stopped"] else "",
         "search": table,
         "best": found.best,
         "best_colour": STATUS_COLOURS["best"],

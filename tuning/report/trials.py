@@ -49,6 +49,7 @@ def section(record: dict[str, Any]) -> dict[str, Any]:
         "scheduler": record["search"]["scheduler"],
         "space": sorted(record["space"].items()),
         "counts": [(count, WORDS[status], STATUS_COLOURS[status]) for status, count in counts.items() if count],
+        "stopped": counts["stopped"],
         "total": len(trials),
         "trained": trained,
         "budget": budget,
