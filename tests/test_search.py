@@ -60,7 +60,7 @@ def test_concurrency_keeps_cpus_for_data() -> None:
 def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(few_data: str, tmp_path: Path) -> None:
     # heads: 5 does not divide the network's 256 features, so that trial fails; a rate of 1e-9 learns nothing
     text = "optim.lr: {choice: [0.003, 0.000000001]}\nbtc.heads: {choice: [4, 4, 5]}"
-    once = SMALL.train.model_copy(update={"max_failures": 0})  # what fails for its settings fails each time
+    once = SMALL.train.model_copy(update={"max_failures": 1})  # what fails for its settings fails each time
     base = BASE.model_copy(update={"loss": BASE.loss.model_copy(update={"lambda_btc": 0.1}), "train": once})
     config = SearchConfig(
         **LOSS,
@@ -193,6 +193,16 @@ def test_a_search_is_not_continued_with_another_budget(tmp_path: Path) -> None:
     claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=4, keep_trials=1), space, card), resume=True)
     with pytest.raises(UserError, match=r"search\.max_trials = 4, not 8"):
         claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=8), space, card), resume=True)
+
+
+def test_a_search_whose_hours_are_spent_trains_nothing(few_data: str, tmp_path: Path) -> None:
+    out = tmp_path / "search"
+    out.mkdir()
+    (out / "hours.json").write_text('{"hours": 2.5}')
+    space = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
+    config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=50, max_concurrent=1, max_hours=2.0)
+    with pytest.raises(UserError, match=r"none of \d trials .*search\.max_hours 2 are spent"):
+        search(SMALL, config, space, few_data, str(out))
 
 
 def test_there_must_be_a_search_to_resume(phantom_data: str, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """What a search asks of a cluster, what it refuses before it starts, and what it expects to take; no cluster needed."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from factory import tiny_data
+from typer.testing import CliRunner
 
+from infra.cli.app import app
 from mpc.errors import UserError
 from pipeline.config import RunConfig
 from pipeline.dotted import validate
@@ -156,6 +159,35 @@ def test_what_a_search_will_take() -> None:
     assert limited.hours_at_most == 0.25
     full = forecast(config.model_copy(update={"scheduler": "none"}), nine, 9, 2, Pace(60.0, "a record"))
     assert full.epochs_expected == full.epochs_at_most
+
+
+def test_a_dry_run_shows_space_plan_and_time_and_writes_nothing(few_data: str, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(
+        "loss.sup: {choice: [an, em]}\nbaseline.em_alpha: {uniform: [0.1, 0.4], when: {loss.sup: em}}\n"
+    )
+    tiny = ["model.backbone=test_efficientnet_gn", "model.weights=none", "train.batch_size=8", "train.epochs=9"]
+    own = ["train.worker_cpus=0.5", "data.task_cpus=0.25", "search.cpus_for_data=0.1", "search.max_trials=9"]
+    out = tmp_path / "out"
+    arguments = ["tune", "--data", few_data, "--out", str(out), "--space", str(tmp_path / "space.yaml"), "--dry-run"]
+    done = CliRunner().invoke(
+        app, [*arguments, *(f"--set={setting}" for setting in [*tiny, *own])], env={"COLUMNS": "200"}
+    )
+    assert done.exit_code == 0, done.output
+    words = " ".join(re.sub(r"[^\x20-\x7e]", " ", done.output).split())
+    for text in (
+        "baseline.em_alpha uniform 0.1, 0.4 when loss.sup is em",
+        "tpe, asha",
+        "0.5 CPUs; 0.25 CPUs stay free",
+        "9 a trial, at most 81",
+        "about 21",
+        "of the best 3 trials",
+        "timed here on cpu",
+        "search.cpus_for_data raised from 0.1 to 0.25",
+    ):
+        assert text in words, (text, words)
+    assert not out.exists()
+    refused = CliRunner().invoke(app, [*arguments, "--set=train.worker_cpus=4096"])
+    assert "the largest machine has" in str(refused.exception)
 
 
 def test_an_estimate_rests_on_the_record_or_on_steps_timed_here(ray_session: None, tmp_path: Path) -> None:

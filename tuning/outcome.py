@@ -103,7 +103,10 @@ class Conclusion:
         lost = self._lost(results)
         ranked = self._ranked(trials)
         if not ranked:
-            reasons = sorted({trial.error or "no epoch finished" for trial in trials})
+            spent = f"no epoch finished: search.max_hours {self.config.max_hours or 0:g} are spent"
+            reasons = sorted(
+                {trial.error or (spent if self._out_of_hours else "no epoch finished") for trial in trials}
+            )
             raise UserError(f"none of {len(trials)} trials reported {self.config.metric}: {'; '.join(reasons)[:400]}")
         best = ranked[0]
         checkpoint = self._publish(best.trial_id)
@@ -118,8 +121,6 @@ class Conclusion:
         return SearchResult(everything, best, checkpoint)
 
     def _write_record(self, trials: Sequence[Trial], best: Trial, warm_start: Mapping[str, Any]) -> None:
-        hours = budget.spent(storage.join(self.out, budget.FILE))
-        by_hours = self.config.max_hours is not None and hours >= self.config.max_hours
         record = {
             "schema_version": 1,
             "synthetic": self.card.synthetic,
@@ -130,13 +131,18 @@ class Conclusion:
             **identity(self.run, self.config, self.space, self.card),
             "domains": {dimension.path: dimension.written() for dimension in self.space.dimensions},
             "rungs": rungs(self.config, self.run.train.epochs),
-            "ended_by": "hours" if by_hours else "trials",
+            "ended_by": "hours" if self._out_of_hours else "trials",
             "warm_start": dict(warm_start),
             "best": best.trial_id,
             "pareto": pareto(trials, self.config),
             "trials": [asdict(trial) for trial in trials],
         }
         storage.write_bytes(storage.join(self.out, SEARCH_FILE), json.dumps(record, indent=2).encode())
+
+    @property
+    def _out_of_hours(self) -> bool:
+        limit = self.config.max_hours
+        return limit is not None and budget.spent(storage.join(self.out, budget.FILE)) >= limit
 
     def _trial(self, name: str, result: tune.Result) -> Trial:
         history, note = MetricsLog(storage.join(self.folder, name)).read(), journal.read(self.folder, name)
