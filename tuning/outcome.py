@@ -103,10 +103,8 @@ class Conclusion:
         lost = self._lost(results)
         ranked = self._ranked(trials)
         if not ranked:
-            spent = f"no epoch finished: search.max_hours {self.config.max_hours or 0:g} are spent"
-            reasons = sorted(
-                {trial.error or (spent if self._out_of_hours else "no epoch finished") for trial in trials}
-            )
+            spent = f": search.max_hours {self.config.max_hours:g} are spent" if self._out_of_hours else ""
+            reasons = sorted({trial.error or f"no epoch finished{spent}" for trial in trials})
             raise UserError(f"none of {len(trials)} trials reported {self.config.metric}: {'; '.join(reasons)[:400]}")
         best = ranked[0]
         checkpoint = self._publish(best.trial_id)
