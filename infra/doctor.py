@@ -63,7 +63,7 @@ def libraries() -> Finding:
 def processors(settings: Settings) -> Finding:
     """Whether the workers and their data tasks fit beside each other (else Ray waits for ever)."""
     have = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    need = settings.train.num_workers * settings.worker_cpus + settings.cpus_beside
+    need = settings.train.least_workers * settings.worker_cpus + settings.cpus_beside
     remedy = f"one run asks for {need:g}; lower train.num_workers, train.worker_cpus or data.task_cpus"
     return Finding("processors", have >= need, f"{have:g} CPUs for {need:g}", remedy)
 

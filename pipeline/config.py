@@ -1,5 +1,6 @@
 """The configuration of data preparation and of a training run, composed of the method's own models."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -207,6 +208,12 @@ class TrainConfig(Config):
     """Images of a global batch, over all workers."""
     seed: Annotated[int, Field(ge=0)] = 0
     num_workers: Count = 1
+    """Workers, each with an equal slice of the global batch; with `min_workers` the most that there may be."""
+    min_workers: Count | None = None
+    """The fewest workers that the run goes on with when nodes leave; it grows again up to `num_workers`, and batch and
+    learning rate stay as they are. None keeps the number fixed: the run then waits for a lost node's replacement."""
+    resize_s: Positive = 60.0
+    """Seconds between two looks for room for more workers; growing repeats the steps since the last checkpoint."""
     use_gpu: bool = False
     threads: Count = 1
     """CPU threads of each worker; results are bit-equal only at the same number."""
@@ -220,19 +227,28 @@ class TrainConfig(Config):
     checkpoint_every: Annotated[int, Field(ge=0)] = 0
     """Steps between two checkpoints inside an epoch; 0 writes them at the ends of epochs only."""
     keep: Count = 1
-    """Best checkpoints that stay on disk; the latest one stays beside them."""
+    """Latest checkpoints that stay in storage; the best one stays beside them."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """How often a run that lost a worker continues from its last checkpoint."""
+    """How often a run that lost a worker continues from its last checkpoint; announced departures do not count."""
     metric: Literal["macro_auroc", "macro_ap"] = "macro_auroc"
     """Validation metric by which the best checkpoint is chosen."""
 
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers that train."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
     @model_validator(mode="after")
     def divides(self) -> "TrainConfig":
-        """Every rank takes an equal slice of the global batch."""
-        if self.batch_size % self.num_workers:
+        """Every rank takes an equal slice of the global batch, whatever their number."""
+        if self.least_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is above num_workers {self.num_workers}; lower it")
+        sizes = range(self.least_workers, self.num_workers + 1)
+        uneven = [size for size in sizes if self.batch_size % size]
+        if uneven:
             raise ValueError(
-                f"batch_size {self.batch_size} does not divide over {self.num_workers} workers; "
-                f"use a multiple of num_workers"
+                f"batch_size {self.batch_size} does not divide over {uneven[0]} workers; use a multiple of "
+                f"{math.lcm(*sizes)}" + (", or raise min_workers" if self.min_workers else "")
             )
         return self
 
