@@ -7,6 +7,7 @@ first batch is not timed but shown. Without --data, synthetic images are prepare
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -31,14 +32,13 @@ from mpc.config import ViewsConfig
 from mpc.views import TwoViews
 from pipeline import runtime
 from pipeline.card import read_card
-from pipeline.config import PhantomConfig, PrepareConfig
 from pipeline.plan import make_plan
+from pipeline.prepare_config import PhantomConfig, PrepareConfig
 from pipeline.shards import prepare
 from pipeline.spans import TrainingData, images_of
 from pipeline.stream import batches
 
-BATCH, PROCESSES, WARM_BATCHES = 64, 2, 24
-SETTLE_SECONDS = 3.0  # in which tasks of a stream that was closed come to their end
+BATCH, PROCESSES, COLD_BATCHES, WARM_BATCHES = 64, 2, 24, 24
 PEER = "DataLoader, same shards"
 LIMIT = "bare loop, one process"
 
@@ -51,6 +51,8 @@ class Case(NamedTuple):
     jpeg: str
     strong: bool
     images: int
+    steps: int = 10**6
+    """Batches that our streams are asked for; those of the DataLoaders have no end."""
 
 
 class Measured(NamedTuple):
@@ -71,7 +73,7 @@ def by_us(case: Case, backend: Any) -> Generator[int]:
     card = read_card(case.data)
     data = TrainingData(case.data, card, ViewsConfig(), strong=case.strong, tasks=PROCESSES, backend=backend)
     plan = make_plan(card, seed=0, batch_size=BATCH)
-    yield from (len(batch.row) for batch in batches(data, plan, 0, 1, 0, 10**6))
+    yield from (len(batch.row) for batch in batches(data, plan, 0, 1, 0, case.steps))
 
 
 def augmenter(case: Case) -> Callable[[NDArray[np.uint8], int], Any]:
@@ -157,9 +159,10 @@ def measure(case: Case) -> Measured:
     if case.row.startswith("Ray"):
         runtime.start(num_cpus=PROCESSES)
         ray.get([ray.remote(lambda: os.getpid()).remote() for _ in range(PROCESSES)])  # its worker processes are up
-    cold, stream = asked(case)
+    cold, stream = asked(case._replace(steps=COLD_BATCHES))
+    for _ in itertools.islice(stream, COLD_BATCHES):  # to its end: Ray kills the processes of a stream that is left
+        pass
     stream.close()
-    time.sleep(SETTLE_SECONDS)
     warm, stream = asked(case)
     peak = Peak()
     peak.start()

@@ -13,6 +13,7 @@ from infra.tracking import gate_of, tracking_uri
 from mpc.errors import UserError
 from pipeline import runtime, storage
 from pipeline.evaluate import evaluate
+from pipeline.illustrate import illustrate
 from pipeline.predict import predict
 from pipeline.shards import prepare
 from pipeline.sources import phantom
@@ -123,11 +124,17 @@ class Demo:
         """Scores the champion on patients that no step has seen."""
         self.model = registry.download(self.champion, self.tracking)
         metrics = evaluate(
-            self.model, self.place("data"), "test", self.place("test"), self.settings.train.eval_batch_size
+            self.model,
+            self.place("data"),
+            "test",
+            self.place("test"),
+            self.settings.train.eval_batch_size,
+            config=self.settings.evaluate,
         )
-        macro = metrics["macro"]
+        macro, bounds = metrics["macro"], metrics["macro"]["auroc_interval"]
+        interval = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
         return (
-            f"{metrics['n_images']:,} test images: macro AUROC {macro['auroc']:.3f}, "
+            f"{metrics['n_images']:,} test images: macro AUROC {macro['auroc']:.3f}{interval}, "
             f"average precision {macro['ap']:.3f} over {len(macro['findings_averaged'])} findings"
         )
 
@@ -145,7 +152,14 @@ class Demo:
         return f"{summary.images} new images, {summary.failed} unreadable"
 
     def report(self) -> str:
-        """Writes one page about all of it."""
+        """Writes one page about all of it, with maps of where the evidence lies."""
+        illustrate(
+            self.model,
+            self.place("data"),
+            self.place("test"),
+            config=self.settings.evaluate,
+            explain=self.settings.explain,
+        )
         write_report(
             self.place("report.html"),
             evaluation=self.place("test"),
@@ -154,7 +168,7 @@ class Demo:
             search=self.place("search"),
             title="Demo on synthetic radiographs",
         )
-        return "trials, curves, scores, example images with predictions"
+        return "trials, curves, scores, example images with predictions and saliency"
 
     def show_places(self) -> None:
         """Where to look, and the commands that go on from here."""

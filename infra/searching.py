@@ -5,16 +5,15 @@ from pathlib import Path
 import optuna
 
 from infra.console import Display
+from infra.evaluating import evaluate
 from infra.listeners import TrialLines
 from infra.settings import Settings, run_config
 from pipeline import runtime, storage
 from pipeline.card import read_card
-from pipeline.evaluate import evaluate
 from tuning import search as searches
 from tuning.listeners import MlflowCallback, close_run, data_tags, open_run
 from tuning.outcome import TRIALS, SearchResult
 from tuning.record import Status
-from tuning.report import write_report
 from tuning.space import Space
 from tuning.tracking import Tracker
 
@@ -68,9 +67,8 @@ def search(
     return result
 
 
-def report(checkpoint: Path, data: str, out: str) -> str:
+def report(settings: Settings, checkpoint: Path, data: str, out: str) -> str:
     """Scores the best checkpoint on the validation split, writes search.html into `out` and gives its place."""
     scores, page = storage.join(out, "val"), storage.join(out, "search.html")
-    evaluate(checkpoint, data, "val", scores)
-    write_report(page, evaluation=scores, data=data, checkpoint=checkpoint, search=out, title="Search")
+    evaluate(settings, checkpoint, data, "val", scores, title="Search", report=page, search=out)
     return page

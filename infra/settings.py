@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
+from infra.cluster import ClusterConfig
 from mpc.errors import MissingError, UserError
-from pipeline.config import PrepareConfig, RunConfig
+from pipeline.config import EvaluateConfig, ExplainConfig, RunConfig
 from pipeline.dotted import check_path, flat, merge, nested, validate
+from pipeline.prepare_config import PrepareConfig
 from tuning.config import SearchConfig, TrackingConfig
 
 
@@ -17,8 +19,11 @@ class Settings(RunConfig):
     """All that a verb may read: a training run, and the sections around it."""
 
     prepare: PrepareConfig = PrepareConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    explain: ExplainConfig = ExplainConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 def load(config: str | None = None, overrides: Iterable[str] = ()) -> Settings:

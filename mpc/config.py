@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 Probability = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
@@ -36,6 +38,17 @@ class PixelSpec(Config):
     """Standard deviation of grey ImageNet, in units of the full range: what the network divides by."""
 
 
+class CalibrationInfo(Config):
+    """How logits of a finding become probabilities that hold; see `mpc.metrics.Calibration`."""
+
+    temperature: Positive
+    """Divides the logit."""
+    slope: Positive
+    """Multiplies it, before ..."""
+    shift: float
+    """... this is added."""
+
+
 class CheckpointInfo(Config):
     """`checkpoint.json`: all that the weights of a checkpoint need beside them to be continued, scored and served."""
 
@@ -52,7 +65,11 @@ class CheckpointInfo(Config):
     """Epochs done, with fractions."""
     metrics: dict[str, int | float]
     thresholds: dict[str, float] = {}
-    """Probability from which a finding counts as present, where validation could choose one."""
+    """Probability from which a finding counts as present, where validation could choose one (Youden)."""
+    operating_points: dict[str, dict[str, float]] = {}
+    """Finding -> rule of `mpc.metrics.RULES` -> threshold that it chose on validation."""
+    calibration: dict[str, CalibrationInfo] = {}
+    """Finding -> what validation fitted; empty where validation saw one positive an image alone."""
     data_digest: str
     """Identity of the data set."""
     git_commit: str | None

@@ -29,7 +29,7 @@ from pipeline.divergence import REPORT, DivergedError, Watch, as_json, describe
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
 from pipeline.saved import gathered, restore, save
-from pipeline.scoring import Scored, score_rows, validation_metrics
+from pipeline.scoring import NO_CHOICES, Choices, Scored, score_rows, validation_metrics
 from pipeline.setup import (
     Timed,
     augmented,
@@ -54,6 +54,8 @@ class Host(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    scratch: Path | None = None
+    """Where checkpoints are written, for the host to take over; None takes the system's place for temporary files."""
 
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The folder to continue from, if there is one."""
@@ -146,7 +148,7 @@ class Loop:
                 metrics = self.end_epoch(time.perf_counter() - started, waited, self.step - logged)
                 started, waited, logged = time.perf_counter(), 0.0, self.step
             elif notice != "go" or self._due(self.run.train.checkpoint_every):
-                self._report({"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}, {})
+                self._report({"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}, NO_CHOICES)
             if notice == "stop":
                 break
         return metrics
@@ -217,7 +219,8 @@ class Loop:
         self._refuse_nan()
         self.method.on_epoch_end(self._score_training_rows)
         scored = self._score("val")
-        values, thresholds = validation_metrics(scored, self.card.findings, self.run.data) if scored else ({}, {})
+        chosen = validation_metrics(scored, self.card.findings, self.run.data) if scored else ({}, NO_CHOICES)
+        values, choices = chosen
         metrics: Metrics = {
             "epoch": self.step // self.plan.steps_per_epoch,
             "step": self.step,
@@ -229,7 +232,7 @@ class Loop:
             "seconds": seconds,
         }
         self.meter = Meter(self.host.device)
-        self._report(self._from_rank_zero(metrics), thresholds)
+        self._report(self._from_rank_zero(metrics), choices)
         return metrics
 
     def _from_rank_zero(self, metrics: Metrics) -> Metrics:
@@ -270,12 +273,12 @@ class Loop:
         if self.host.rank == 0:
             self.host.log(line)
 
-    def _report(self, metrics: Metrics, thresholds: dict[str, float]) -> None:
+    def _report(self, metrics: Metrics, choices: Choices) -> None:
         self._refuse_nan()  # no checkpoint holds weights of a run that has diverged
         host = self.host
         meters = gathered(self.meter.state_dict(), host.rank, host.world_size)
-        with TemporaryDirectory(prefix="mpc-cxr-") as folder:
+        with TemporaryDirectory(prefix="mpc-cxr-", dir=host.scratch) as folder:
             path = Path(folder) / f"step-{self.step:08d}"
             if host.rank == 0:
-                save(self, path, metrics, thresholds, meters)
+                save(self, path, metrics, choices, meters)
             host.report(metrics, path)

@@ -16,8 +16,8 @@ UNLABELLED = "unlabelled"
 """Split of training images without a known positive: kept and counted, never trained on."""
 POSITIVE, NEGATIVE, UNCERTAIN, BLANK = 1, 0, -1, -2
 """Label codes of a source table; past the policy only 1 and 0 remain, with a mask."""
-STRATA = ("sex", "age_band")
-"""Optional patient fields; they reach the shards only where the configuration asks for them."""
+STRATA = ("sex", "age_band", "collection")
+"""Optional: patient fields, and the root of an image; they reach the shards only where the configuration asks."""
 TEXT_COLUMNS = ("image_id", "patient_id", "study_id", "view", "uri")
 Column: TypeAlias = Sequence[str | None] | pa.Array | pa.ChunkedArray
 """Texts of a column: a sequence, or what Arrow already holds."""

@@ -72,14 +72,13 @@ def claim(out: str, identity: dict[str, Any], *, resume: bool, free: Collection[
         return
     if not resume:
         raise UserError(f"--out {out} holds a run; continue it with --resume, or choose another folder")
-    begun = json.loads(storage.read_bytes(place))
+    begun, plain = json.loads(storage.read_bytes(place)), json.loads(json.dumps(identity))
     if begun.get("data_digest") != identity["data_digest"]:
         raise UserError(f"--out {out} was begun on another data set; give the same --data, or another --out")
-    before, now = flat(begun), flat(json.loads(json.dumps(identity)))
+    before, now = ({k.removeprefix("config."): v for k, v in flat(whole).items()} for whole in (begun, plain))
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key not in free)
     if changed:
-        name = changed[0].removeprefix("config.")
         raise UserError(
-            f"--out {out} was begun with {name} = {before.get(changed[0])}, not {now.get(changed[0])}; "
+            f"--out {out} was begun with {changed[0]} = {before.get(changed[0])}, not {now.get(changed[0])}; "
             f"give the same settings, or another --out"
         )

@@ -10,6 +10,7 @@ from torch import Tensor
 from mpc import checkpoint as checkpoints
 from mpc.config import CheckpointInfo
 from mpc.errors import UserError
+from pipeline.scoring import Choices
 from pipeline.versions import git_commit, versions
 
 if TYPE_CHECKING:
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 Sums = dict[str, Tensor]
 
 
-def save(loop: "Loop", folder: Path, metrics: dict[str, Any], thresholds: dict[str, float], meters: list[Sums]) -> None:
+def save(loop: "Loop", folder: Path, metrics: dict[str, Any], choices: Choices, meters: list[Sums]) -> None:
     """Writes a checkpoint that continues, evaluates and registers.
 
     Args:
         loop: whose state it is.
         folder: where to.
         metrics: of the step; numbers alone are kept.
-        thresholds: operating point of each finding, at the ends of epochs.
+        choices: of thresholds and temperatures, at the ends of epochs.
         meters: every rank's sums since the epoch began.
     """
     state = {
@@ -44,7 +45,7 @@ def save(loop: "Loop", folder: Path, metrics: dict[str, Any], thresholds: dict[s
         step=loop.step,
         epoch=loop.step / loop.plan.steps_per_epoch,
         metrics={k: v for k, v in metrics.items() if isinstance(v, int | float)},
-        thresholds=thresholds,
+        **choices._asdict(),
         data_digest=loop.card.digest,
         git_commit=git_commit(),
         versions=versions(),

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from mpc.config import CalibrationInfo
 from mpc.distributed import world_size as ranks
 from mpc.errors import UserError
-from mpc.metrics import operating_points, score
+from mpc.metrics import RULES, calibrate, operating_points, score
 from mpc.model import Classifier
 from pipeline.card import DatasetCard
 from pipeline.config import DataConfig
@@ -110,27 +111,42 @@ def require_validation(card: DatasetCard) -> None:
         )
 
 
-def validation_metrics(
-    scored: Scored, findings: tuple[str, ...], data: DataConfig
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Validation metrics of an epoch, and a threshold a finding (Youden) for later predictions.
+class Choices(NamedTuple):
+    """What validation chose for later predictions: by names of findings, as `mpc.config.CheckpointInfo` holds it."""
+
+    thresholds: dict[str, float]
+    operating_points: dict[str, dict[str, float]]
+    calibration: dict[str, CalibrationInfo]
+
+
+NO_CHOICES = Choices({}, {}, {})
+
+
+def validation_metrics(scored: Scored, findings: tuple[str, ...], data: DataConfig) -> tuple[dict[str, Any], Choices]:
+    """Validation metrics of an epoch, and the choices for later predictions: thresholds and calibration.
 
     With `data.val_labels=observed` validation knows one positive an image, like training: each unobserved entry then
-    counts as negative, and images without a positive are left out.
+    counts as negative, and images without a positive are left out. How often a finding is observed is not how often it
+    is there, so that nothing is calibrated then.
     """
-    labels, known = scored.labels, scored.known
+    labels, known, logits = scored.labels, scored.known, scored.logits
     probabilities = scored.probabilities
     if data.val_labels == "observed":
         labels = draw(scored.image_id.tolist(), labels, known, data.draw_seed)
         with_positive = labels.any(1)
         labels, probabilities = labels[with_positive], probabilities[with_positive]
         known = np.ones_like(labels, dtype=bool)
-    result = score(probabilities, labels, known, findings)
-    points = operating_points(probabilities, labels, known, findings)
-    macro = result["macro"]
+    macro = score(probabilities, labels, known, findings)["macro"]
+    points = operating_points(probabilities, labels, known, findings, RULES)
+    chosen = {name: point for name, point in points.items() if point is not None}
+    fitted = calibrate(logits, labels, known, findings) if data.val_labels == "full" else {}
     metrics = {
         "val_macro_auroc": macro["auroc"],
         "val_macro_ap": macro["ap"],
         "val_findings_averaged": len(macro["findings_averaged"]),
     }
-    return metrics, {name: point["youden"] for name, point in points.items() if point is not None}
+    return metrics, Choices(
+        thresholds={name: point["youden"] for name, point in chosen.items()},
+        operating_points=chosen,
+        calibration={name: CalibrationInfo(**fit._asdict()) for name, fit in fitted.items()},
+    )

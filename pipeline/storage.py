@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from uuid import uuid4
 
@@ -52,17 +52,39 @@ def name(uri: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
+class Place(NamedTuple):
+    """Where an s3:// URI points."""
+
+    endpoint: str
+    """http(s)://HOST[:PORT] of an S3-compatible server; empty for AWS itself."""
+    region: str
+    """Empty where nothing names one."""
+    path: str
+    """BUCKET/KEY."""
+
+
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem that holds `uri`, and the path in it.
+
+    Raises:
+        UserError: as `place_of`, and where an endpoint does not answer.
+    """
+    if not is_remote(uri):
+        return fs.LocalFileSystem(), str(Path(_local(uri)).expanduser().absolute())
+    endpoint, region, path = place_of(uri)
+    bucket = "" if endpoint or region else path.partition("/")[0]
+    return _s3(endpoint, region, bucket, os.environ.get("AWS_MAX_ATTEMPTS", "")), path
+
+
+def place_of(uri: str) -> Place:
+    """What an s3:// URI and the environment say together.
 
     S3 endpoints come from `?endpoint_override=`, else AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL; credentials only from
     the standard chain.
 
     Raises:
-        UserError: unknown scheme or option, credentials inside the URI, or an endpoint that does not answer.
+        UserError: unknown scheme or option, credentials inside the URI, no bucket.
     """
-    if not is_remote(uri):
-        return fs.LocalFileSystem(), str(Path(_local(uri)).expanduser().absolute())
     path, _, query = uri.removeprefix("s3://").partition("?")
     options = dict(parse_qsl(query))
     unknown = sorted(set(options) - set(OPTIONS))
@@ -77,8 +99,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
     region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
-    bucket = "" if endpoint or region else path.partition("/")[0]
-    return _s3(endpoint, region, bucket, os.environ.get("AWS_MAX_ATTEMPTS", "")), path.strip("/")
+    return Place(endpoint, region, path.strip("/"))
 
 
 def read_bytes(uri: str) -> bytes:

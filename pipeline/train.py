@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
@@ -66,11 +67,12 @@ class _Recorder(UserCallback):  # type: ignore[misc]
 
 
 def _cause(errors: dict[int, Exception]) -> str:
-    """Which worker failed, and of what, in one line; where one died, what the others make of it says nothing."""
-    told = {rank: re.search(r"actor is dead because (.+?)\.", str(error)) for rank, error in errors.items()}
-    for rank, found in sorted(told.items()):
-        if found:
-            return f"worker {rank} was lost: {found[1]}"
+    """Which worker failed, and of what, in one line; where one was lost, what the others make of it says nothing."""
+    for rank, error in sorted(errors.items()):
+        lost = getattr(error, "health_check_failure", None)
+        if isinstance(lost, RayActorError):
+            because = re.search(r"because (.+?)\.", str(lost))
+            return f"worker {rank} was lost: {because[1] if because else 'it does not answer'}"
     rank, error = min(errors.items())
     return f"worker {rank} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 

@@ -47,7 +47,6 @@ class TrainHost(Host):
         self.device = get_device()
         self.run, self.out, self.place = run, out, storage.join(out, STORAGE_NAME)
         self.news, self.wish = news, wish
-        self.staging = Path(tempfile.gettempdir(), f"mpc-cxr-{blake2b(out.encode(), digest_size=8).hexdigest()}")
         self.uploading = threading.Semaphore()
         self.look_at = 0
         self.leaving: set[str] = set()
@@ -57,7 +56,7 @@ class TrainHost(Host):
     def last_checkpoint(self) -> Iterator[Path | None]:
         """Downloads the checkpoint that Ray Train continues from; what a kill left half written is deleted."""
         if self.rank == 0:
-            shutil.rmtree(self.staging, ignore_errors=True)
+            self.scratch = emptied(f"mpc-cxr-{blake2b(self.out.encode(), digest_size=8).hexdigest()}")
             stored = ray.train.get_all_reported_checkpoints()
             sweep(self.place, STEP_NAME, {Path(entry.checkpoint.path).name for entry in stored})
         with opened(ray.train.get_checkpoint()) as folder:
@@ -74,10 +73,9 @@ class TrainHost(Host):
     def report(self, metrics: Metrics, checkpoint: Path) -> None:
         """Hands the checkpoint over to a thread that stores it; waits only while the one before is not stored yet."""
         saved = None
-        if self.rank == 0:
+        if self.scratch is not None:  # on rank 0
             self.uploading.acquire()
-            self.staging.mkdir(mode=0o700, exist_ok=True)
-            saved = Checkpoint.from_directory(checkpoint.rename(self.staging / checkpoint.name))
+            saved = Checkpoint.from_directory(checkpoint.rename(self.scratch / checkpoint.name))
         ray.train.report(
             metrics,
             checkpoint=saved,
@@ -140,6 +138,15 @@ class TrainHost(Host):
     def _tell(self, kind: str, line: Metrics) -> None:
         """Sends to the driver without waiting."""
         self.news.actor.put_nowait.remote((kind, line))
+
+
+def emptied(name: str) -> Path:
+    """A temporary folder of this user alone, without what a killed worker left there."""
+    folder = Path(tempfile.gettempdir(), name)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(mode=0o700)
+    return folder
 
 
 def work(config: dict[str, Any]) -> str | None:

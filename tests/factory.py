@@ -1,6 +1,7 @@
 """Small real parts that several test files build on: a data set of phantoms and a checkpoint of a tiny network."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,7 +9,8 @@ from mpc import checkpoint as checkpoints
 from mpc.build import build_model
 from mpc.config import CheckpointInfo, ModelConfig, PixelSpec
 from pipeline.card import DatasetCard
-from pipeline.config import PhantomConfig, PrepareConfig, RunConfig, SplitConfig
+from pipeline.config import RunConfig
+from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.shards import prepare
 
 SIZE = 32
@@ -37,8 +39,9 @@ def tiny_checkpoint(
     seed: int = 0,
     metrics: dict[str, float] | None = None,
     thresholds: dict[str, float] | None = None,
+    **choices: Any,
 ) -> CheckpointInfo:
-    """A checkpoint of an untrained network whose raw and averaged weights differ."""
+    """A checkpoint of an untrained network whose raw and averaged weights differ; `choices` are those of validation."""
     run = RunConfig(model=ModelConfig(backbone="test_efficientnet_gn"))
     pixels = PixelSpec(reduce_to=reduce_to)
     torch.manual_seed(seed)
@@ -52,6 +55,7 @@ def tiny_checkpoint(
         epoch=1.0,
         metrics={"val_macro_auroc": 0.75, **(metrics or {})},
         thresholds=thresholds or {},
+        **choices,
         data_digest=digest,
         git_commit=None,
         versions={},

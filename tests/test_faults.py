@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,16 +13,15 @@ from pathlib import Path
 import psutil
 import pytest
 from proxy import Proxy, drop, throttle
-from runs import EXACT, PlainHost, assert_close, assert_same, tiny
+from runs import EXACT, TIMED, PlainHost, assert_close, assert_same, metrics_of, tiny
 
 from mpc.checkpoint import read_info
-from mpc.errors import StoppedError, UserError
+from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import read_card
 from pipeline.config import RunConfig
 from pipeline.divergence import DivergedError
 from pipeline.loop import Loop, Metrics
-from pipeline.record import MetricsLog
 from pipeline.train import train
 
 
@@ -48,10 +46,10 @@ class At:
         self.status = status
 
 
-def workers() -> list[psutil.Process]:
-    """The training workers of this process's own cluster."""
+def workers(driver: int | None = None) -> list[psutil.Process]:
+    """The training workers of a driver's own cluster."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(driver).children(recursive=True):
         try:
             if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
                 found.append(process)
@@ -184,58 +182,68 @@ def test_a_full_disk_ends_the_run_in_one_line_and_resume_goes_on(
     assert_same(out / "train" / "step-00000028", whole / "step-00000028")
 
 
+CLI = "from infra.cli import main; main()"
+
+
+def start(run: RunConfig, data: str, out: Path) -> subprocess.Popen[str]:
+    """`mpc-cxr train` as a process with a local cluster of its own."""
+    config = out.parent / "run.yaml"
+    config.write_text(run.model_dump_json())  # JSON is YAML
+    command = [sys.executable, "-c", CLI, "train", f"--data={data}", f"--out={out}", f"--config={config}"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait(process: subprocess.Popen[str], reached: Callable[[], object]) -> None:
+    """Returns once something holds, while the process runs."""
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_and_one_that_resumes_equal_one_that_was_never_killed(
+    phantom_data: str, tmp_path: Path
+) -> None:
+    run = tiny(train={"epochs": 10, "checkpoint_every": 5, "keep": 2})
+    whole, out = undisturbed(run, phantom_data, tmp_path / "whole"), tmp_path / "out"
+    metrics = out / "metrics.jsonl"
+    with start(run, phantom_data, out) as process:
+        wait(process, lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5)
+        os.killpg(process.pid, signal.SIGKILL)  # the driver and its whole local cluster
+    assert len(metrics.read_text().splitlines()) < 10
+    result = train(run, phantom_data, str(out), resume=True)
+    best = Path(result.best_checkpoint)
+    assert_same(best, whole / f"step-{read_info(best).step:08d}")
+    assert_same(out / "train" / "step-00000140", whole / "step-00000140")
+    for line in result.history:
+        kept = {name: value for name, value in line.items() if name not in TIMED}
+        assert kept == metrics_of(whole / f"step-{line['step']:08d}")
+    assert [line["epoch"] for line in result.history] == list(range(1, 11))
+
+
 @pytest.mark.slow
 def test_sigterm_ends_two_workers_with_a_checkpoint_and_one_worker_goes_on(phantom_data: str, tmp_path: Path) -> None:
     settings = {"epochs": 1, "batch_size": 24}
     two, one = (tiny(**EXACT, train={**settings, "num_workers": count}) for count in (2, 1))
     whole, out = undisturbed(one, phantom_data, tmp_path / "whole"), tmp_path / "out"
-    listener = At(1, lambda: None)
-
-    def stop() -> None:
-        while not workers():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop, daemon=True).start()
-    with pytest.raises(StoppedError, match=r"stopped at step \d+ of \d+, its checkpoint is stored .*--resume"):
-        train(two, phantom_data, str(out), listeners=[listener])
-    assert listener.status == "KILLED"
+    with start(two, phantom_data, out) as process:
+        wait(process, lambda: workers(process.pid))
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 143, errors[-3000:]
     (folder,) = (out / "train").glob("step-*")
-    last = max(whole.iterdir())
-    assert 1 <= read_info(folder).step < read_info(last).step
+    step, last = read_info(folder).step, max(whole.iterdir())
+    assert 1 <= step < read_info(last).step
+    said = f"mpc-cxr: stopped: stopped at step {step} of {read_info(last).step}, its checkpoint is stored in {out}"
+    assert errors.splitlines()[-1] == f"{said}; --resume goes on from there"
+    with pytest.raises(UserError, match=r"begun with optim\.lr = 0\.01, not 0\.02"):
+        train(
+            one.model_copy(update={"optim": one.optim.model_copy(update={"lr": 0.02})}),
+            phantom_data,
+            str(out),
+            resume=True,
+        )
     result = train(one, phantom_data, str(out), resume=True)  # the batch stays: each step is what it was
     assert_close(Path(result.best_checkpoint), last)
-
-
-CLI = "from infra.cli import main; main()"
-
-
-@pytest.mark.slow
-def test_the_command_line_says_how_to_go_on(phantom_data: str, tmp_path: Path) -> None:
-    settings = [f"--set={key}={value}" for key, value in FLAT.items()]
-    out = tmp_path / "run"
-    command = [sys.executable, "-u", "-c", CLI, "train", "--data", phantom_data, "--out", str(out), *settings]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if line.startswith("train: ") and "loss" in line:
-                break
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 143, errors[-3000:]
-    assert errors.splitlines()[-1].startswith("mpc-cxr: stopped: stopped at step ")
-    (folder,) = (out / "train").glob("step-*")
-    step = read_info(folder).step
-    assert f"stopped at step {step} of" in errors
-    assert len(MetricsLog(str(out)).read()) == step // 14
-    shutil.rmtree(out)
-
-
-FLAT = {
-    "model.backbone": "test_efficientnet_gn",
-    "data.tasks": 1,
-    "data.task_cpus": 0.25,
-    "train.worker_cpus": 0.5,
-    "train.epochs": 500,
-    "train.batch_size": 32,
-    "train.log_every": 1,
-}

@@ -10,8 +10,8 @@ from PIL import Image
 from test_cli import call
 
 from mpc.errors import UserError
-from pipeline.config import PrepareConfig
 from pipeline.manifest import matrix
+from pipeline.prepare_config import PrepareConfig
 from pipeline.shards import survey
 from pipeline.sources import open_source
 from pipeline.sources.phantom.labels import FINDINGS
@@ -206,6 +206,16 @@ def test_roots_keep_their_own_faults_and_strata(tmp_path):
     (second / "Data_Entry_2017_v2020.csv").unlink()
     with pytest.raises(UserError, match=rf"{second} holds no NIH table"):
         open_source(PrepareConfig(source="nih"), [str(first), str(second)])
+
+
+def test_the_root_of_an_image_can_be_a_stratum(tmp_path):
+    second = [("00000003_000.png", "Mass", "3", "8", "F", "AP")]
+    roots = [str(collection(tmp_path / "one")), str(collection(tmp_path / "two", rows=second))]
+    source = open_source(PrepareConfig(source="nih", strata=("collection",)), roots)
+    assert source.table["collection"].to_pylist() == ["one", "one", "one", "two"]
+    alike = [str(collection(tmp_path / part / "images", rows=rows)) for part, rows in (("a", ROWS[:1]), ("b", second))]
+    source = open_source(PrepareConfig(source="nih", strata=("collection",)), alike)
+    assert source.table["collection"].to_pylist() == ["1: images", "2: images"]
 
 
 def test_root_may_be_repeated_on_the_command_line(tmp_path):

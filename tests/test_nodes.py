@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from pipeline.loop import Loop, Notice
 
 pytestmark = pytest.mark.slow
 DEADLINE = 240.0  # seconds for any one thing to happen
+QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500}
+"""Ray gives a silent node up after 5 looks: 15 s by default, here 2.5."""
 DRIVER = """
 import json, sys
 from mpc.errors import StoppedError
@@ -50,6 +53,7 @@ class Driver:
 
     def __init__(self, address: str, data: str, out: Path, run: RunConfig) -> None:
         self.out, self.step = out, 0
+        self.pause, self.last = 0.0, time.monotonic()  # the longest pause between two steps, and when one was last done
         self.errors = (out.parent / "errors.txt").open("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, data, str(out), run.model_dump_json()],
@@ -75,7 +79,8 @@ class Driver:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):  # Ray tells of dead nodes there too
-                self.step = json.loads(line)["step"]
+                self.step, now = json.loads(line)["step"], time.monotonic()
+                self.pause, self.last = max(self.pause, now - self.last), now
 
     @property
     def faults(self) -> list[dict[str, Any]]:
@@ -93,6 +98,11 @@ class Driver:
 
     def wait_for_step(self, step: int) -> None:
         self.wait(lambda: self.step >= step, f"step {step}")
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Returns once Ray Train has noted a checkpoint, from when on it counts."""
+        notes = self.out / "train" / "checkpoint_manager_snapshot.json"
+        self.wait(lambda: notes.exists() and f"step-{step:08d}" in notes.read_text(), f"checkpoint {step}")
 
     def wait_for_fault(self, number: int) -> dict[str, Any]:
         """The record of fault `number`, from 1."""
@@ -118,15 +128,15 @@ def processes(node: Any) -> list[psutil.Process]:
     return found
 
 
-def names(node: Any) -> list[str]:
-    """What the workers of a node run."""
-    found = []
+def reads(node: Any) -> bool:
+    """Whether a reading task of the training stream is at work on a node."""
     for process in processes(node):
         try:
-            found += [word for word in process.cmdline()[:1] if word.startswith("ray::")]
+            if process.cmdline()[:1] == ["ray::Read_Planned"]:
+                return True
         except psutil.NoSuchProcess:
             continue
-    return found
+    return False
 
 
 def kill(node: Any) -> None:
@@ -150,7 +160,7 @@ class Told(NamedTuple):
     """What the run went through."""
 
     readers: list[dict[str, Any]]
-    """Faults that it had recorded a good while after the node of the reading tasks was killed."""
+    """Faults that it had recorded an epoch after the node of most reading tasks was killed under them."""
     killed: dict[str, Any]
     grown: dict[str, Any]
     announced: dict[str, Any]
@@ -160,33 +170,33 @@ class Told(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def told(phantom_data: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Told]:
+def told(phantom_data: str, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """One run over a cluster of changing nodes."""
     out = tmp_path_factory.mktemp("nodes") / "run"
-    many = {"num_workers": 2, "min_workers": 1, "worker_cpus": 1.5, "resize_s": 3, "epochs": 500, "keep": 10_000}
+    many = {"num_workers": 2, "min_workers": 1, "worker_cpus": 1.75, "resize_s": 3, "epochs": 500, "keep": 10_000}
     often = {"batch_size": 24, "log_every": 1, "checkpoint_every": 10}
     run = tiny(**EXACT, data={"tasks": 2, "task_cpus": 0.25}, train={"method": "an", **many, **often})
     runtime.stop()  # two clusters on one machine confuse each other
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "_system_config": QUICK})
     try:
         trainer, reader = cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=1)
         with Driver(cluster.address, phantom_data, out, run) as driver:
-            yield go_through(cluster, trainer, reader, driver, run)
+            return go_through(cluster, trainer, reader, driver, run)
     finally:
         cluster.shutdown()
         runtime.start(num_cpus=2)
 
 
 def go_through(cluster: Cluster, trainer: Any, reader: Any, driver: Driver, run: RunConfig) -> Told:
-    driver.wait_for_step(4)
-    driver.wait(lambda: any("IDLE" not in name for name in names(reader)), "a reading task on its node")
-    print("reader runs", names(reader), "trainer runs", names(trainer))
+    driver.wait(lambda: reads(reader), "a reading task where no worker fits")
     kill(reader)
-    driver.wait_for_step(driver.step + 20)
+    driver.pause, driver.last = 0.0, time.monotonic()
+    driver.wait_for_checkpoint(20)
     readers = driver.faults
+    print(f"killed under its reading tasks: longest pause {driver.pause:.1f} s")
     kill(trainer)
     killed = driver.wait_for_fault(1)
-    driver.wait_for_step(driver.step + 15)
+    driver.wait_for_step(killed["continued"] + 10)
     fresh = cluster.add_node(num_cpus=2)
     grown = driver.wait_for_fault(2)
     driver.wait_for_step(driver.step + 5)
@@ -194,7 +204,7 @@ def go_through(cluster: Cluster, trainer: Any, reader: Any, driver: Driver, run:
     announced = driver.wait_for_fault(3)
     driver.process.send_signal(signal.SIGTERM)
     driver.process.wait(timeout=DEADLINE)
-    print(driver.told())
+    print(*driver.faults, sep="\n")
     return Told(readers, killed, grown, announced, driver.told(), driver.out, run)
 
 
@@ -203,7 +213,7 @@ def test_a_killed_node_that_only_reads_costs_no_step(told: Told) -> None:
 
 
 def test_a_run_goes_on_with_fewer_workers_when_a_node_is_killed(told: Told) -> None:
-    assert "was lost: its node has died" in told.killed["causes"][0]
+    assert re.fullmatch(r"worker \d was lost: (its node has died|it does not answer)", told.killed["causes"][0])
     assert told.killed["workers"] == 1
     assert 0 <= told.killed["lost"] == told.killed["reached"] - told.killed["continued"]
     assert told.killed["continued"] >= 20
@@ -225,18 +235,15 @@ def test_sigterm_ends_the_run_in_good_order(told: Told) -> None:
 
 
 def test_what_it_learns_does_not_depend_on_who_was_there(told: Told, phantom_data: str, tmp_path: Path) -> None:
-    compared = [folder for folder in sorted((told.out / "train").glob("step-*")) if int(folder.name[5:]) <= LAST]
-    assert len(compared) >= 5
-    assert told.killed["continued"] < LAST
+    last = told.grown["continued"] + 10
+    compared = [folder for folder in sorted((told.out / "train").glob("step-*")) if int(folder.name[5:]) <= last]
+    assert len(compared) >= last // 10
 
     class Until(PlainHost):
         def notice(self, step: int) -> Notice:
-            return "stop" if step >= LAST else "go"
+            return "stop" if step >= last else "go"
 
     run = told.run.model_copy(update={"train": told.run.train.model_copy(update={"num_workers": 1})})
     Loop(run, phantom_data, read_card(phantom_data), Until(tmp_path)).fit()
     for folder in compared:
         assert_close(folder, tmp_path / folder.name)
-
-
-LAST = 60

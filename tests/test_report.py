@@ -92,6 +92,10 @@ def epoch(number: int, value: float) -> dict[str, Any]:
     return {"epoch": number, "loss_sup": 0.3, "val_macro_auroc": value, "val_macro_ap": 0.3, **watched}
 
 
+def bounds(interval: list[float]) -> str:
+    return "–".join(f"{bound:.3f}" for bound in interval)
+
+
 def report(material: Material, out: Path, search: str | None = None, title: str = "A report", **other: Any) -> str:
     places = {"evaluation": material.evaluation, "data": material.data, "checkpoint": material.checkpoint, **other}
     write_report(str(out), **places, search=search, title=title)
@@ -115,9 +119,8 @@ def test_scores_are_those_of_metrics_json(material: Material, plain: str) -> Non
     assert f"{material.metrics['macro']['auroc']:.3f}" in page.words["results"]
     for name in FINDINGS:
         scores = material.metrics["findings"][name]
-        assert page.row(name)[1:5] == [
-            f"{scores['auroc']:.3f}", f"{scores['ap']:.3f}", str(scores["n_pos"]), str(scores["n_neg"])
-        ]  # fmt: skip
+        shown = [f"{scores[key]:.3f}({bounds(scores[f'{key}_interval'])})" for key in ("auroc", "ap")]
+        assert page.row(name)[1:5] == [*shown, str(scores["n_pos"]), str(scores["n_neg"])]
 
 
 def test_operating_points_are_counted_from_the_predictions(material: Material, plain: str) -> None:

@@ -116,6 +116,8 @@ def test_fp16_scaling_reads_nothing_back() -> None:
         scaler = torch.amp.GradScaler("cpu")
         for _ in range(2):
             update(weight.sum(), optimizer, scaler, clip=1.0)
+    assert {step["step"].shape for step in optimizer.state.values()} == {torch.Size()}
+    assert weight.grad is None
 
 
 def test_clipping_sees_unscaled_gradients_and_an_overflow_changes_nothing() -> None:

@@ -2,18 +2,13 @@
 
 import gc
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
-from runs import EXACT, TIMED, PlainHost, assert_equal, assert_same, checkpoint_state, tiny
+from runs import EXACT, PlainHost, assert_equal, assert_same, tiny
 
 from mpc.baselines import NAMES
 from mpc.checkpoint import load_weights, read_info
@@ -170,6 +165,8 @@ def test_a_finished_run_leaves_its_record(phantom_data: str, tmp_path: Path) -> 
     [
         ({"train": {"num_workers": 8, "batch_size": 32}}, "lower train.num_workers"),
         ({"train": {"use_gpu": True}}, "train.use_gpu=false"),
+        ({"train": {"method": "ll_cp", "num_workers": 2}}, "method ll_cp keeps a table over all rows"),
+        ({"train": {"num_workers": 2, "min_workers": 1, "worker_cpus": 1}}, "would fill a node of 2 CPUs"),
         ({"train": {"batch_size": 5000}}, "train.batch_size 5000"),
         ({"model": {"backbone": "test_efficientnet_gm"}}, "is not a timm model"),
         ({"btc": {"heads": 7}}, "btc.heads 7"),
@@ -191,43 +188,3 @@ def test_a_validation_split_that_ranks_nothing_is_refused(phantom_data: str) -> 
     val = card.counts["val"].model_copy(update={"positives": dict.fromkeys(card.findings, 0)})
     with pytest.raises(UserError, match=r"larger prepare\.split\.val"):
         require_validation(card.model_copy(update={"counts": {**card.counts, "val": val}}))
-
-
-KILLED_RUN = """
-import json, sys
-from pipeline.config import RunConfig
-from pipeline.train import train
-data, out, config, resume = sys.argv[1:]
-train(RunConfig.model_validate_json(config), data, out, resume=resume == "resume")
-"""
-
-
-@pytest.mark.slow
-def test_ten_epochs_equal_five_and_a_killed_driver_and_five_more(phantom_data: str, tmp_path: Path) -> None:
-    config = tiny(train={"epochs": 10}).model_dump_json()
-
-    def start(out: str, resume: str = "") -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-c", KILLED_RUN, phantom_data, str(tmp_path / out), config, resume],
-            start_new_session=True,
-        )
-
-    whole = start("whole")
-    assert whole.wait(timeout=300) == 0
-    broken = start("broken")
-    metrics = tmp_path / "broken" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
-        assert time.monotonic() < deadline
-        assert broken.poll() is None
-        time.sleep(0.05)
-    os.killpg(broken.pid, signal.SIGKILL)  # the driver and its whole local cluster
-    broken.wait()
-    began = len(metrics.read_text().splitlines())
-    assert began < 10
-    assert start("broken", "resume").wait(timeout=300) == 0
-    left, right = (tmp_path / name / "best" for name in ("whole", "broken"))
-    assert_equal(checkpoint_state(left), checkpoint_state(right))
-    records = [MetricsLog(str(tmp_path / name)).read() for name in ("whole", "broken")]
-    plain = [json.dumps([{k: v for k, v in line.items() if k not in TIMED} for line in record]) for record in records]
-    assert plain[0] == plain[1]

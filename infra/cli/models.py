@@ -1,4 +1,4 @@
-"""Verbs that use a trained model: evaluate, predict, register, promote."""
+"""Verbs that use a trained model: evaluate, predict, explain, register, promote."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,7 @@ from infra.cli.options import (
     Data,
     Model,
     Out,
+    Resume,
     Set,
     Verbose,
     checkpoint_of,
@@ -33,6 +34,9 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: mpc-cxr predict --checkpoint runs/mpc-1/best --images /data/new --out runs/new")(
         predict
     )
+    app.command(
+        epilog="Example: mpc-cxr explain --model models:/mpc-cxr@champion --images /data/new --out runs/new-maps"
+    )(explain)
     app.command(epilog="Example: mpc-cxr register --checkpoint runs/mpc-1/best --model mpc-cxr")(register)
     app.command(epilog="Example: mpc-cxr promote --model models:/mpc-cxr/3")(promote)
 
@@ -45,32 +49,29 @@ def evaluate(
     split: Split = "test",
     config: Config = None,
     set_: Set = None,
+    resume: Resume = False,
     verbose: Verbose = False,
 ) -> None:
-    """Scores a model on one split, every image exactly once: macro AUROC, mean average precision, each finding.
+    """Scores a model on one split, every image exactly once, with intervals by patient; writes metrics and a report.
 
-    Both scores lie in 0..1. A finding without positives or without negatives has no score and stays out of the mean.
+    Scores lie in 0..1. A finding without positives or without negatives has no score and stays out of the mean. With
+    --resume the predictions that --out holds are kept: metrics and report are made anew without weights or GPU.
     """
     settings = settings_of(config, set_, verbose)
     folder = checkpoint_of(checkpoint, model, settings, near=out)
-    claim(out)
+    claim(out, resume)
+    from infra.evaluating import REPORT
+    from infra.evaluating import evaluate as score
     from pipeline import storage
-    from pipeline.evaluate import evaluate as score
-    from tuning.report import search_beside, write_report
+    from tuning.report import search_beside
 
-    metrics = score(folder, data, split, out, batch_size=settings.train.eval_batch_size)
+    search = search_beside(checkpoint) if checkpoint else None
+    title = f"{model or checkpoint} on the {split} split"
+    metrics = score(settings, folder, data, split, out, title=title, search=search, resume=resume)
     show_metrics(metrics)
-    report = storage.join(out, "report.html")
-    write_report(
-        report,
-        evaluation=out,
-        data=data,
-        checkpoint=folder,
-        search=search_beside(checkpoint) if checkpoint else None,
-        title=f"{model or checkpoint} on the {split} split",
-    )
+    show_comparison(metrics)
     say(f"predictions and metrics: {out}")
-    say(f"report: {report}")
+    say(f"report: {storage.join(out, REPORT)}")
 
 
 def predict(
@@ -92,6 +93,38 @@ def predict(
     with progress("predict") as report:
         summary = write_findings(folder, images, out, progress=report)
     say(f"findings of {summary.images:,} images, {summary.failed:,} of them unreadable: {summary.out}")
+
+
+def explain(
+    out: Out,
+    checkpoint: Checkpoint = None,
+    model: Model = None,
+    images: Annotated[
+        str | None,
+        typer.Option("--images", metavar="URI", help="Folder or bucket of PNG, JPEG or DICOM files; or --data."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="URI", help="Prepared data set, of which --split is explained.")
+    ] = None,
+    split: Split = "test",
+    config: Config = None,
+    set_: Set = None,
+    verbose: Verbose = False,
+) -> None:
+    """Draws where the evidence for each called finding lies, a PNG each; what is explained are settings explain.*.
+
+    A map shows what moved the network, not the outline of a finding. A file that cannot be read is a row of the list.
+    """
+    settings = settings_of(config, set_, verbose)
+    folder = checkpoint_of(checkpoint, model, settings, near=out)
+    claim(out)
+    from pipeline.explain import explain as draw
+
+    with progress("explain") as report:
+        found = draw(folder, out, images=images, data=data, split=split, config=settings.explain, progress=report)
+    rest = f"; {found.left_out:,} more images left out by explain.limit" if found.left_out else ""
+    say(f"{found.pictures:,} maps ({found.how}) of {found.images:,} images, {found.failed:,} unreadable{rest}")
+    say(f"list of all: {found.out}")
 
 
 def register(
@@ -138,21 +171,43 @@ def promote(
 def show_metrics(metrics: dict[str, Any]) -> None:
     """The table of metrics.json: each finding with its counts, the macro means first."""
     macro = metrics["macro"]
-    rows: list[list[object]] = [
-        [f"mean of {len(macro['findings_averaged'])}", None, None, _score(macro["auroc"]), _score(macro["ap"])]
-    ]
+    rows: list[list[object]] = [[f"mean of {len(macro['findings_averaged'])}", None, None, *_scores(macro)]]
     for name, row in metrics["findings"].items():
-        rows.append([name, row["n_pos"], row["n_neg"], _score(row["auroc"]), _score(row["ap"])])
+        rows.append([name, row["n_pos"], row["n_neg"], *_scores(row)])
+    level = f"{100 * metrics['bootstrap']['level']:g} %"
     table(
-        f"{metrics['split']}: {metrics['n_images']:,} images",
-        ["finding", "positive", "negative", "AUROC", "average precision"],
+        f"{metrics['split']}: {metrics['n_images']:,} images of {metrics['n_patients']:,} patients",
+        ["finding", "positive", "negative", "AUROC", level, "average precision", level],
         rows,
     )
+    unmatched = metrics["finding_map"]
+    for side, names in (("model", unmatched["model_only"]), ("data set", unmatched["data_only"])):
+        if names:
+            say(f"not scored, of the {side} alone: {', '.join(names)}")
 
 
-def _score(value: float | None) -> str:
-    """Three decimals, or a dash where a finding has no score."""
-    return "–" if value is None else f"{value:.3f}"
+def show_comparison(metrics: dict[str, Any]) -> None:
+    """One line a score: ours minus the rival's, paired by patient."""
+    found = metrics.get("comparison")
+    if found is None:
+        return
+    for name, title in (("auroc", "macro AUROC"), ("ap", "average precision")):
+        difference, bounds = found["macro"][name], found["macro"][f"{name}_interval"]
+        if difference is not None:
+            say(f"{title} minus that of {found['rival']}: {difference:+.3f} {_interval(bounds, '+')}")
+
+
+def _scores(row: dict[str, Any]) -> list[object]:
+    """AUROC and average precision with their intervals; a dash where a finding has none."""
+    found: list[object] = []
+    for name in ("auroc", "ap"):
+        value = row[name]
+        found += ["–" if value is None else f"{value:.3f}", _interval(row[f"{name}_interval"])]
+    return found
+
+
+def _interval(bounds: list[float] | None, sign: str = "") -> str:
+    return "–" if bounds is None else f"{bounds[0]:{sign}.3f} to {bounds[1]:{sign}.3f}"
 
 
 def _name_and_version(uri: str) -> tuple[str, int]:

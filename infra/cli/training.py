@@ -123,7 +123,7 @@ def tune(
         result = search(settings, found, data, out, tracking_uri(settings, out), display, resume, verbose)
     show_trials(result, settings.search.metric, settings.search.mode)
     say(f"best checkpoint: {result.best_checkpoint}")
-    say(f"report: {report(fetch(result.best_checkpoint), data, out)}")
+    say(f"report: {report(settings, fetch(result.best_checkpoint), data, out)}")
 
 
 def show_trials(result: "SearchResult", metric: str, mode: str) -> None:

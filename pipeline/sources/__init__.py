@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from mpc.errors import UserError
 from pipeline import storage
-from pipeline.config import PrepareConfig
 from pipeline.manifest import STRATA, SourceTable, check_unique, keep_findings, source_schema
+from pipeline.prepare_config import PrepareConfig
 from pipeline.sources import chexpert, dicom_folder, mimic_cxr, nih, phantom, table, vindr
 from pipeline.sources.tables import quarantine
 
@@ -36,7 +36,7 @@ _READERS: dict[str, Callable[[PrepareConfig, str], SourceTable]] = {
         dicom=config.dicom,
         findings=config.findings,
         views=config.views,
-        strata=config.strata,
+        strata=tuple(name for name in config.strata if name in dicom_folder.STRATA),
         task_cpus=config.task_cpus,
     ),
 }
@@ -66,13 +66,27 @@ def open_source(config: PrepareConfig, roots: Roots) -> SourceTable:
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
         raise UserError(f"--root {twice} is given twice; name each folder once")
-    return _together([_read(config, place) for place in places or [""]])
+    sources = [_read(config, place) for place in places or [""]]
+    if "collection" in config.strata and places:
+        sources = [_from(source, name) for source, name in zip(sources, _names(places), strict=True)]
+    return _together(sources)
 
 
 def _read(config: PrepareConfig, root: str) -> SourceTable:
     """What lies in one root, with the findings that are asked for."""
     source = _conform(_READERS[config.source](config, root))
     return keep_findings(source, config.findings or source.default_findings or source.findings)
+
+
+def _names(places: Sequence[str]) -> list[str]:
+    """The last part of each root; numbered where two are the same."""
+    names = [storage.name(place) for place in places]
+    return [f"{number}: {name}" if names.count(name) > 1 else name for number, name in enumerate(names, 1)]
+
+
+def _from(source: SourceTable, root: str) -> SourceTable:
+    """The source with the stratum `collection`."""
+    return source.with_table(source.table.append_column("collection", pa.repeat(root, len(source.table))))
 
 
 def _conform(source: SourceTable) -> SourceTable:

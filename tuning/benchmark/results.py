@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from mpc.metrics import score
 from pipeline import storage
-from pipeline.evaluate import PREDICTIONS_FILE
 from pipeline.manifest import matrix
 from pipeline.meter import RATIOS
+from pipeline.predictions import PREDICTIONS_FILE
 from pipeline.record import MetricsLog
 from tuning.benchmark.cells import Cell
 from tuning.benchmark.protocol import Protocol

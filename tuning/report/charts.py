@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -18,6 +18,7 @@ Array = NDArray[Any]
 INK, GREY, GRID = "#22303a", "#8a97a0", "#e3e8eb"
 ACCENT, SECOND, STOPPED, FAILED = "#0b7285", "#7b4fa3", "#c77700", "#b3261e"
 STATUS_COLOURS = {"best": ACCENT, "finished": "#6d8794", "stopped": STOPPED, "failed": FAILED, "lost": GREY}
+WAY_COLOURS = {"raw": GREY, "temperature": SECOND, "platt": ACCENT}
 MAX_POINTS = 240  # of a curve: more cannot be told apart at the size of a chart
 
 
@@ -72,6 +73,27 @@ def roc_and_pr(name: str, probabilities: Array, labels: Array, point: tuple[floa
     left.set_ylabel("sensitivity", labelpad=1)
     right.set_ylabel("precision", labelpad=1)
     return Chart(svg(figure), f"ROC and precision-recall curves of {name}")
+
+
+def reliability(name: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Chart:
+    """Share of positives over the mean probability of each bin; on the diagonal probabilities hold.
+
+    Args:
+        name: of the finding.
+        curves: way -> mean probabilities and shares, of WAY_COLOURS' ways.
+    """
+    figure = Figure(figsize=(2.7, 2.35))
+    axes = figure.add_axes((0.165, 0.165, 0.8, 0.8))
+    axes.plot([0, 1], [0, 1], color=GREY, lw=0.8, ls=(0, (3, 3)))
+    for way, (predicted, observed) in curves.items():
+        axes.plot(predicted, observed, color=WAY_COLOURS[way], lw=1.4, marker="o", ms=3, clip_on=False)
+    style(axes)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    axes.set_xticklabels(("0", ".5", "1"))
+    axes.set_yticklabels(("0", ".5", "1"))
+    axes.set_xlabel("probability", labelpad=1)
+    axes.set_ylabel("share of positives", labelpad=1)
+    return Chart(svg(figure), f"Reliability of {name}: share of positives over probability, before and after")
 
 
 def over_epochs(

@@ -1,68 +1,28 @@
 """All that a report is made from, read from files and checked to belong together."""
 
-import io
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from scipy.special import expit, logit
 
 from mpc.checkpoint import read_info
 from mpc.config import CheckpointInfo
 from mpc.errors import MissingError, UserError
 from mpc.metrics import score
 from pipeline import storage
+from pipeline.calls import Calls
 from pipeline.card import DatasetCard, read_card
 from pipeline.config import RunConfig
-from pipeline.evaluate import METRICS_FILE, PREDICTIONS_FILE
-from pipeline.inference import REGISTERED_FILE, thresholds
-from pipeline.manifest import matrix
+from pipeline.evaluate import METRICS_FILE, digest_of
+from pipeline.hidden import HIDDEN_FILE
+from pipeline.illustrate import Maps, read_maps
+from pipeline.inference import REGISTERED_FILE
+from pipeline.predictions import PREDICTIONS_FILE, Predictions
 from pipeline.record import MetricsLog
 
 SEARCH_FILE, TRIALS = "search.json", "trials"
-FAR = 98  # per cent of all predictions lie nearer to their threshold than the end of a bar
 ROUNDING = 1e-6
 """Probabilities are computed anew from float32 logits: scores may differ by this."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The rows of predictions.parquet, in the order of the split, and the thresholds of the checkpoint."""
-
-    image_id: list[str]
-    logits: NDArray[np.float64]
-    """[N, K]."""
-    labels: NDArray[np.int8]
-    known: NDArray[np.bool_]
-    thresholds: NDArray[np.float64]
-    """[K], probabilities."""
-    default: tuple[bool, ...]
-    """Whether a threshold is only the default of one half."""
-
-    @cached_property
-    def probabilities(self) -> NDArray[np.float64]:
-        """[N, K] in (0, 1)."""
-        return np.asarray(expit(self.logits))
-
-    @cached_property
-    def called(self) -> NDArray[np.bool_]:
-        """[N, K]: the probability reaches the threshold."""
-        return np.asarray(self.probabilities >= self.thresholds)
-
-    @cached_property
-    def margins(self) -> NDArray[np.float64]:
-        """[N, K]: how far a prediction lies above its threshold, in log-odds."""
-        return np.asarray(self.logits - logit(np.clip(self.thresholds, 1e-9, 1 - 1e-9)))
-
-    @cached_property
-    def margin_scale(self) -> float:
-        """Log-odds from a threshold within which nearly all predictions lie; > 0."""
-        return float(np.percentile(np.abs(self.margins), FAR)) + 1e-9 if self.margins.size else 1.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +38,12 @@ class Inputs:
     run: RunConfig
     registered: str | None
     """NAME/VERSION of a checkpoint that came from the registry."""
-    scores: Scores
+    calls: Calls
+    """The predictions against the checkpoint's thresholds."""
+    maps: Maps | None
+    """Saliency of the cases that are shown; None where the evaluation made none."""
+    hidden: Calls | None
+    """Training images with the positives that training did not observe; None where there are none to look at."""
     search: dict[str, Any] | None
     """search.json."""
     histories: dict[str, list[dict[str, Any]]]
@@ -90,6 +55,11 @@ class Inputs:
     def same_data(self) -> bool:
         """Whether the model was trained on the data set that it was scored on."""
         return self.info.data_digest == self.card.digest
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What was scored, by the model's names."""
+        return self.calls.findings
 
 
 def read_inputs(evaluation: str, data: str, checkpoint: Path, search: str | None) -> Inputs:
@@ -103,9 +73,16 @@ def read_inputs(evaluation: str, data: str, checkpoint: Path, search: str | None
     metrics = _json(storage.join(evaluation, METRICS_FILE))
     if metrics.get("data_digest") != card.digest:
         raise UserError(f"{evaluation} was scored on another data set than {data}; evaluate again, or name its own")
-    if (metrics["checkpoint"]["step"], metrics["checkpoint"]["data_digest"]) != (info.step, info.data_digest):
+    scored = metrics["checkpoint"]
+    same = {
+        "step": info.step,
+        "data_digest": info.data_digest,
+        "digest": scored.get("digest") and digest_of(checkpoint),
+    }
+    if any(scored.get(name) != value for name, value in same.items()):
         raise UserError(f"{evaluation} was scored with another checkpoint than {checkpoint}; evaluate again")
-    scores = _scores(evaluation, metrics, card, info)
+    calls = _calls(evaluation, metrics, card, info)
+    hidden = storage.join(evaluation, HIDDEN_FILE)
     record = _json(storage.join(search, SEARCH_FILE)) if search else None
     histories = {}
     for trial in record["trials"] if record and search else []:
@@ -119,7 +96,9 @@ def read_inputs(evaluation: str, data: str, checkpoint: Path, search: str | None
         info=info,
         run=RunConfig.model_validate(info.config),
         registered=registered.read_text(encoding="utf-8").strip() if registered.is_file() else None,
-        scores=scores,
+        calls=calls,
+        maps=read_maps(evaluation, card.image_size),
+        hidden=Calls.of(Predictions.read(hidden), info) if storage.exists(hidden) else None,
         search=record,
         histories=histories,
         history=histories[record["best"]] if record else MetricsLog(str(checkpoint.parent)).read(),
@@ -134,26 +113,18 @@ def search_beside(checkpoint: str) -> str | None:
     return folder if storage.exists(storage.join(folder, SEARCH_FILE)) else None
 
 
-def _scores(evaluation: str, metrics: dict[str, Any], card: DatasetCard, info: CheckpointInfo) -> Scores:
+def _calls(evaluation: str, metrics: dict[str, Any], card: DatasetCard, info: CheckpointInfo) -> Calls:
     """The predictions, once they give the numbers of metrics.json."""
     uri = storage.join(evaluation, PREDICTIONS_FILE)
-    table = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
-    findings = json.loads((table.schema.metadata or {}).get(b"findings", b"[]"))
-    if tuple(findings) != card.findings or info.findings != card.findings:
+    found = Predictions.read(uri)
+    names = metrics.get("finding_map", {}).get("scored", {name: name for name in card.findings})
+    if found.findings != tuple(names) or not {*names} <= {*info.findings} or not {*names.values()} <= {*card.findings}:
         raise UserError(f"{uri} holds other findings than the data set and the checkpoint; evaluate again")
-    values, default = thresholds(info)
-    scores = Scores(
-        table["image_id"].to_pylist(),
-        matrix(table["logits"]).astype(np.float64),
-        matrix(table["labels"]),
-        matrix(table["known"]).astype(bool),
-        values,
-        default,
-    )
-    found = score(scores.probabilities, scores.labels, scores.known, card.findings)["findings"]
-    if len(table) != metrics["n_images"] or any(_differ(found[name], metrics["findings"][name]) for name in found):
+    scores = score(*found.judged)["findings"]
+    whole = len(found.image_id) == metrics["n_images"]
+    if not whole or any(_differ(scores[name], metrics["findings"][name]) for name in scores):
         raise UserError(f"{uri} does not give the numbers of {METRICS_FILE} beside it; evaluate again")
-    return scores
+    return Calls.of(found, info)
 
 
 def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -35,6 +35,9 @@ class Row:
     sensitivity: float | None
     specificity: float | None
     precision: float | None
+    auroc_interval: list[float] | None
+    """None too where an older evaluation made no intervals."""
+    ap_interval: list[float] | None
 
     @property
     def both(self) -> bool:
@@ -53,19 +56,19 @@ class Row:
 
 
 def result_rows(inputs: Inputs) -> list[Row]:
-    """Every finding, in the data set's order: scores from metrics.json, the operating point from the predictions."""
-    scores, rows = inputs.scores, []
-    called = scores.called
-    for k, name in enumerate(inputs.card.findings):
-        present = scores.known[:, k] & (scores.labels[:, k] == 1)
-        absent = scores.known[:, k] & (scores.labels[:, k] == 0)
-        hits, alarms = int((called[:, k] & present).sum()), int((called[:, k] & absent).sum())
+    """Every finding, in the model's order: scores from metrics.json, the operating point from the predictions."""
+    calls, rows = inputs.calls, []
+    for k, name in enumerate(inputs.findings):
+        present, absent, called = calls.present[:, k], calls.absent[:, k], calls.called[:, k]
+        hits, alarms = int((called & present).sum()), int((called & absent).sum())
+        found = inputs.metrics["findings"][name]
         rows.append(
             Row(
                 name,
-                **{key: inputs.metrics["findings"][name][key] for key in ("n_pos", "n_neg", "auroc", "ap")},
-                threshold=float(scores.thresholds[k]),
-                default=scores.default[k],
+                **{key: found[key] for key in ("n_pos", "n_neg", "auroc", "ap")},
+                **{key: found.get(key) for key in ("auroc_interval", "ap_interval")},
+                threshold=float(calls.thresholds[k]),
+                default=calls.default[k],
                 sensitivity=_share(hits, int(present.sum())),
                 specificity=_share(int(absent.sum()) - alarms, int(absent.sum())),
                 precision=_share(hits, hits + alarms),
@@ -79,15 +82,16 @@ def curves(inputs: Inputs, rows: list[Row]) -> list[tuple[Row, Chart]]:
     able = [row for row in rows if row.both]
     shown = set(sorted((row.name for row in able), key=lambda name: -_by_name(able)[name].n_pos)[:MAX_CHARTS])
     charts = []
-    probabilities = inputs.scores.probabilities
+    found = inputs.calls.predictions
     for k, row in enumerate(rows):
         if row.name not in shown:
             continue
-        known = inputs.scores.known[:, k]
+        known = found.known[:, k]
         point = None
         if row.sensitivity is not None and row.specificity is not None and row.precision is not None:
             point = (row.sensitivity, row.specificity, row.precision)
-        charts.append((row, roc_and_pr(row.name, probabilities[known, k], inputs.scores.labels[known, k], point)))
+        chart = roc_and_pr(row.name, found.probabilities[known, k], found.labels[known, k], point)
+        charts.append((row, chart))
     return charts
 
 
@@ -139,7 +143,7 @@ def facts(inputs: Inputs) -> list[tuple[str, str]]:
     return [
         ("Scored on", f"{card.name}, split {inputs.metrics['split']}: {inputs.metrics['n_images']:,} images"),
         ("Images", f"{card.image_size} x {card.image_size} pixels, grey; rectangles: {card.fit}{reduced}"),
-        ("Findings", f"{len(card.findings)}: {', '.join(name.replace('_', ' ') for name in card.findings)}"),
+        ("Findings", f"{len(inputs.findings)}: {', '.join(name.replace('_', ' ') for name in inputs.findings)}"),
         ("Labels in training", labels_seen(inputs)),
         ("Method", method_of(inputs)),
         ("Network", f"{run.model.backbone}, start: {_weights(run.model.weights)}"),

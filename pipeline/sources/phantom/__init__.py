@@ -7,9 +7,9 @@ methods and software, nothing about patients. Parameters and their digest are in
 from pipeline.sources.phantom.labels import FINDINGS, Profile, labels, patient, view
 from pipeline.sources.phantom.parameters import PHANTOM_VERSION, digest
 from pipeline.sources.phantom.picture import Case, case_of, draw, render, render_with_signs
-from pipeline.sources.phantom.table import parse_uri, render_uri, source, uri
+from pipeline.sources.phantom.table import image_id, parse_uri, render_uri, signs_of, source, uri
 
 __all__ = [
-    "FINDINGS", "PHANTOM_VERSION", "Case", "Profile", "case_of", "digest", "draw", "labels", "parse_uri", "patient",
-    "render", "render_uri", "render_with_signs", "source", "uri", "view",
+    "FINDINGS", "PHANTOM_VERSION", "Case", "Profile", "case_of", "digest", "draw", "image_id", "labels", "parse_uri",
+    "patient", "render", "render_uri", "render_with_signs", "signs_of", "source", "uri", "view",
 ]  # fmt: skip

@@ -7,13 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpc.errors import UserError
-from pipeline.config import PhantomConfig
 from pipeline.manifest import SourceTable, source_table
+from pipeline.prepare_config import PhantomConfig
 from pipeline.sources.phantom.labels import FINDINGS, Profile, labels, patient, view
 from pipeline.sources.phantom.parameters import PHANTOM_VERSION, digest
-from pipeline.sources.phantom.picture import render
+from pipeline.sources.phantom.picture import render, render_with_signs
 
 _URI = re.compile(r"phantom://(dense|nih)/(\d+)/(\d+)")
+_ID = re.compile(r"phantom-(dense|nih)-(\d+)-(\d+)")
 
 
 def uri(seed: int, index: int, profile: Profile) -> str:
@@ -27,6 +28,26 @@ def parse_uri(address: str) -> tuple[int, int, Profile]:
     if match is None:
         raise UserError(f"{address!r} is no synthetic image; write phantom://dense/<seed>/<index> or phantom://nih/...")
     return int(match[2]), int(match[3]), cast(Profile, match[1])
+
+
+def image_id(seed: int, index: int, profile: Profile) -> str:
+    """The id of a synthetic image, unique over seeds and profiles."""
+    return f"phantom-{profile}-{seed}-{index:08d}"
+
+
+def signs_of(image: str, size: int) -> dict[str, NDArray[np.bool_]]:
+    """Where each drawn sign of a synthetic image is: finding -> bool [size, size].
+
+    Args:
+        image: its id in a data set, or its address `phantom://...`.
+        size: side in pixels; the anatomy is the same at every size.
+
+    Raises:
+        UserError: neither an id nor an address of a synthetic image.
+    """
+    named = _ID.fullmatch(image)
+    seed, index, profile = parse_uri(f"phantom://{named[1]}/{named[2]}/{named[3]}" if named else image)
+    return render_with_signs(seed, index, profile, size)[1]
 
 
 def render_uri(address: str, size: int) -> NDArray[np.uint8]:
@@ -45,7 +66,7 @@ def source(config: PhantomConfig) -> SourceTable:
     people = [patient(seed, index) for index in indices]
     table = source_table(
         {
-            "image_id": [f"phantom-{profile}-{seed}-{index:08d}" for index in indices],
+            "image_id": [image_id(seed, index, profile) for index in indices],
             "patient_id": [f"phantom-{seed}-p{person.number:08d}" for person in people],
             "study_id": [f"phantom-{seed}-p{person.number:08d}-s{person.study}" for person in people],
             "view": [view(seed, index) for index in indices],

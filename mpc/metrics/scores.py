@@ -1,13 +1,14 @@
-"""Scores of probabilities against labels, restricted to the entries whose label is known."""
+"""Areas under the ROC and precision-recall curves, restricted to the entries whose label is known."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 Array = NDArray[Any]
+METRICS = ("auroc", "ap")
 
 
 def score(probabilities: Array, labels: Array, known: Array, findings: Sequence[str]) -> dict[str, Any]:
@@ -28,32 +29,17 @@ def score(probabilities: Array, labels: Array, known: Array, findings: Sequence[
     Raises:
         ValueError: shapes differ, a probability is not finite, or a known label is neither 0 nor 1.
     """
-    columns = _columns(probabilities, labels, known, findings)
+    columns = columns_of(probabilities, labels, known, findings)
     scores = {name: _finding(p, y) for name, (p, y) in columns.items()}
     averaged = [name for name, row in scores.items() if row["auroc"] is not None]
-    macro = {key: float(np.mean([scores[name][key] for name in averaged])) if averaged else None for key in _METRICS}
+    macro = {key: float(np.mean([scores[name][key] for name in averaged])) if averaged else None for key in METRICS}
     return {"macro": {**macro, "findings_averaged": averaged}, "findings": scores}
 
 
-def operating_points(
-    probabilities: Array, labels: Array, known: Array, findings: Sequence[str]
-) -> dict[str, dict[str, float] | None]:
-    """Thresholds of each finding: `youden` maximises sensitivity + specificity (Youden, Cancer 1950).
-
-    A probability >= the threshold is positive; of equally good thresholds the largest is taken. None stands for a
-    finding without both outcomes. Arguments and errors are those of `score`.
-    """
-    columns = _columns(probabilities, labels, known, findings)
-    return {name: _thresholds(p, y) for name, (p, y) in columns.items()}
-
-
-_METRICS = ("auroc", "ap")
-
-
-def _columns(
+def columns_of(
     probabilities: Array, labels: Array, known: Array, findings: Sequence[str]
 ) -> dict[str, tuple[Array, Array]]:
-    """Known probabilities and labels of each finding."""
+    """Known probabilities and labels of each finding; arguments and errors are those of `score`."""
     p, y, mask = np.asarray(probabilities, np.float64), np.asarray(labels), np.asarray(known, bool)
     if not (p.ndim == 2 and p.shape == y.shape == mask.shape and p.shape[1] == len(findings)):
         raise ValueError(
@@ -67,25 +53,17 @@ def _columns(
     return {name: (p[mask[:, k], k], y[mask[:, k], k].astype(int)) for k, name in enumerate(findings)}
 
 
-def _both_outcomes(labels: Array) -> bool:
+def both_outcomes(labels: Array) -> bool:
+    """Whether labels [n] in {0, 1} hold a 0 and a 1."""
     return 0 < int(labels.sum()) < len(labels)
 
 
 def _finding(probabilities: Array, labels: Array) -> dict[str, Any]:
     counts = {"n_pos": int(labels.sum()), "n_neg": int(len(labels) - labels.sum())}
-    if not _both_outcomes(labels):
+    if not both_outcomes(labels):
         return {**counts, "auroc": None, "ap": None}
     return {
         **counts,
         "auroc": float(roc_auc_score(labels, probabilities)),
         "ap": float(average_precision_score(labels, probabilities)),
     }
-
-
-def _thresholds(probabilities: Array, labels: Array) -> dict[str, float] | None:
-    if not _both_outcomes(labels):
-        return None
-    false_positive_rate, true_positive_rate, thresholds = roc_curve(labels, probabilities, drop_intermediate=False)
-    # the first point is "nothing is positive" at an infinite threshold, which no report can hold
-    best = 1 + int(np.argmax((true_positive_rate - false_positive_rate)[1:]))
-    return {"youden": float(thresholds[best])}
