@@ -137,7 +137,7 @@ class Loop:
             metrics = restore(self, folder) if folder else {}
         self.host.begun(self.step, metrics)
         started, waited, logged = time.perf_counter(), 0.0, self.step
-        for batch in self._batches():
+        for batch in self.incoming():
             waited += batch.waited
             self.train_step(batch.batch)
             notice = self.host.notice(self.step)
@@ -156,7 +156,7 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _batches(self) -> Iterator[Timed]:
+    def incoming(self) -> Iterator[Timed]:
         """Batches from the running step on, on the device, each with the seconds that it was waited for."""
         run = self.run
         data = TrainingData(
