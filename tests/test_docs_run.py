@@ -32,6 +32,9 @@ SMALLER = {
 }
 """Settings that make a verb's work small; the documented ones are taken first, so that they too must be accepted."""
 
+WRITERS = {"prepare", "train", "tune", "evaluate", "explain", "predict", "demo"}
+"""Verbs whose --out is theirs to write; `sync` reads it."""
+
 
 def pages() -> list[str]:
     """The README, then the pages in the order in which the site shows them."""
@@ -74,7 +77,7 @@ class Tour:
         arguments = [verb, *rest, *(word for setting in self.settings(verb) for word in ("--set", setting))]
         if verb == "benchmark" and "--dry-run" not in rest:
             arguments.append("--dry-run")  # tests/test_benchmark.py runs one
-        if "--out" in rest and "--resume" not in rest:
+        if verb in WRITERS and "--out" in rest and "--resume" not in rest:
             self.clear(rest[rest.index("--out") + 1])
         started = time.monotonic()
         code = run(arguments)

@@ -39,6 +39,7 @@ def build(folder: Path, bucket: str) -> None:
             storage.write_bytes(storage.join(bucket, name), file.read_bytes())
     (folder / "secrets").mkdir()
     (folder / "secrets" / "site.key").write_bytes(test_table_source.KEY)
+    (data / "efficientnet-lite0.pth").touch()  # a dry run looks only whether it is there
     for seed in range(4):
         jpeg(data / "new" / f"{seed}.png", 900 + seed, (40, 40))
 
