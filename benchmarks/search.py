@@ -29,6 +29,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from infra.settings import load, run_config
 from mpc.metrics import score
+from mpc.transfer import Transfer
 from pipeline import runtime
 from pipeline.card import CARD_FILE, read_card
 from pipeline.config import RunConfig
@@ -36,7 +37,7 @@ from pipeline.host import Host, Metrics
 from pipeline.loop import Loop
 from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.record import MetricsLog
-from pipeline.setup import Timed, to_device
+from pipeline.setup import Timed
 from pipeline.shards import prepare
 from pipeline.spans import SPAN_ROWS, SpanReader, TrainingData, arrays_of
 from tuning.config import SearchConfig
@@ -185,10 +186,10 @@ class Curve(Loop):
     def _until(self, stop: int) -> Iterator[Timed]:
         run = self.now
         data = TrainingData(self.data, self.card, run.views, seed=run.train.seed, draw_seed=run.data.draw_seed)
-        reader = SpanReader(data, self.plan, 0, 1)
+        reader, transfer = SpanReader(data, self.plan, 0, 1), Transfer(self.host.device)
         for span in self.plan.spans(self.step, stop, SPAN_ROWS // run.train.batch_size):
             for table in reader(span):
-                yield Timed(to_device(arrays_of(table, self.card.image_size), self.host.device), 0.0)
+                yield Timed(transfer(arrays_of(table, self.card.image_size)), 0.0)
 
     def end_epoch(self, seconds: float, waited: float, steps: int) -> Metrics:
         """Validation by the averaged weights; thresholds and calibration are not asked for."""
