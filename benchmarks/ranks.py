@@ -42,7 +42,7 @@ def train(rank: int, case: Case, count: int, together: bool, folder: str) -> Non
         found.extend([over] if over else [])
         return len(found) < STRETCHES
 
-    watch = Stopwatch(case, ask)
+    watch = Stopwatch(case, ask, together=True)
     host = TimedHost(watch, rank, count) if together else TimedHost(watch)
     BenchLoop(run_of(case, "MPC", host.world_size), "", card_of(case.side), host).fit()
     Path(folder, f"{rank}.json").write_text(json.dumps(statistics.median(stretch.ms for stretch in found)))

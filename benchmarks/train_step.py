@@ -17,13 +17,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from processes import alone
 from ranks import images_per_second
 from steps import BenchLoop, Case, Stopwatch, Stretch, TimedHost, by_hand, card_of, held, ours, run_of
 from stream import BATCH, synthetic
@@ -33,6 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpc.model import AMP_DTYPES
 from mpc.transfer import Transfer
 
+CONTEXT = multiprocessing.get_context("forkserver")  # every process begins with what it needs imported
+CONTEXT.set_forkserver_preload(["steps", "streamed"])
 HAND, WORK = "AN, by hand", "AN, by hand, the same work"
 STEPS: dict[str, partial[None]] = {
     HAND: partial(by_hand, whole=False),
@@ -56,9 +58,8 @@ class Turns:
     """A row in a process of its own, which trains when it is its turn and stands still otherwise."""
 
     def __init__(self, case: Case) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=train, args=(case, theirs))
+        self.pipe, theirs = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=train, args=(case, theirs))
         self.process.start()
         theirs.close()  # so that its end is noticed
 
@@ -170,7 +171,8 @@ def _fastest(function: Callable[[], Any], device: torch.device) -> float:
 def by_step(case: Case, rows: dict[str, "partial[None]"], base: str, rounds: int) -> dict[str, Found]:
     """Prints one line a row: ms, images a second, time relative to the row `base`, utilisation, memory."""
     cases = [case._replace(row=row) for row in rows]
-    counts = alone(counted, cases, list(rows.values()))
+    with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
+        counts = pool.submit(counted, cases, list(rows.values())).result()
     found = dict(zip(rows, in_turns(cases, rounds), strict=True))
     print(f"{'':28}{'ms/step':>10}{'images/s':>10}{'x ' + base:>8}{'GFLOP':>9}{'of peak':>9}{'peak MiB':>10}")
     for (name, row), (done, fastest) in zip(found.items(), counts, strict=True):
