@@ -66,7 +66,7 @@ class Host(Protocol):
         ...
 
     def log(self, line: Metrics) -> None:
-        """Shows a line of progress inside an epoch (rank 0)."""
+        """Shows a line of progress inside an epoch; every rank has its own pace and waiting, losses are of all."""
         ...
 
     def begun(self, step: int, metrics: Metrics) -> None:
@@ -259,7 +259,7 @@ class Loop:
 
     def _show(self, started: float, waited: float, since: int) -> None:
         self._refuse_nan()
-        metrics = self.meter.metrics()  # every rank takes part in the reduction, rank 0 alone shows it
+        metrics = self.meter.metrics()  # every rank takes part in the reduction
         seconds = time.perf_counter() - started
         rate = (self.step - since) / seconds
         line = {
@@ -270,8 +270,7 @@ class Loop:
             "data_wait_share": waited / seconds,
             "eta_s": (self.total_steps - self.step) / rate,
         }
-        if self.host.rank == 0:
-            self.host.log(line)
+        self.host.log(line)
 
     def _report(self, metrics: Metrics, choices: Choices) -> None:
         self._refuse_nan()  # no checkpoint holds weights of a run that has diverged

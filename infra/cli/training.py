@@ -70,7 +70,7 @@ def train(
 
     tracker = Tracker(tracking_uri(settings, out), settings.tracking.experiment)
     start_ray(verbose)
-    with progress("train") as display:
+    with progress("train", seconds=0.0) as display:  # a line for every train.log_every steps
         listeners: list[Listener] = [EpochLines(display), RunListener(tracker, out)]
         result = fit(run_config(settings), data, out, resume=resume, listeners=listeners)
     tracker.close()
