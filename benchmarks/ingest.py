@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from processes import Peak, alone
 
-from pipeline.config import PrepareConfig
+from pipeline.prepare_config import PrepareConfig
 from pipeline.shards import survey
 
 

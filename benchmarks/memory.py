@@ -20,8 +20,8 @@ from mpc.config import ViewsConfig
 from pipeline import runtime
 from pipeline.card import read_card
 from pipeline.check import check
-from pipeline.config import PhantomConfig, PrepareConfig
 from pipeline.plan import make_plan
+from pipeline.prepare_config import PhantomConfig, PrepareConfig
 from pipeline.shards import prepare
 from pipeline.spans import TrainingData
 from pipeline.stream import batches

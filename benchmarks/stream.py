@@ -32,8 +32,8 @@ from mpc.config import ViewsConfig
 from mpc.views import TwoViews
 from pipeline import runtime
 from pipeline.card import read_card
-from pipeline.config import PhantomConfig, PrepareConfig
 from pipeline.plan import make_plan
+from pipeline.prepare_config import PhantomConfig, PrepareConfig
 from pipeline.shards import prepare
 from pipeline.spans import TrainingData, images_of
 from pipeline.stream import batches

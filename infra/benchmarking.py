@@ -44,6 +44,19 @@ def load(config: str, overrides: Iterable[str] = ()) -> tuple[Protocol, dict[str
     return protocol, methods
 
 
+def resolved(config: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The protocol as one tree that names neither preset nor file of this machine, for `load` to read elsewhere.
+
+    Raises:
+        UserError: as `load` does.
+    """
+    protocol, methods = load(config, overrides)
+    tree = protocol.model_dump(mode="json")
+    for name, entry in tree["methods"].items():
+        entry |= {"preset": None, "run": methods[name].model_dump(mode="json")}
+    return tree
+
+
 def _method(protocol: Protocol, name: str, where: str) -> RunConfig:
     """Defaults, then the preset, then the protocol's run, then the method's own."""
     entry = protocol.methods[name]

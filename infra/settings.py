@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 
+from infra.cluster import ClusterConfig
 from mpc.errors import MissingError, UserError
-from pipeline.config import EvaluateConfig, ExplainConfig, PrepareConfig, RunConfig
+from pipeline.config import EvaluateConfig, ExplainConfig, RunConfig
 from pipeline.dotted import check_path, flat, merge, nested, validate
+from pipeline.prepare_config import PrepareConfig
 from tuning.config import SearchConfig, TrackingConfig
 
 
@@ -21,6 +23,7 @@ class Settings(RunConfig):
     explain: ExplainConfig = ExplainConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 def load(config: str | None = None, overrides: Iterable[str] = ()) -> Settings:

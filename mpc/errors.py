@@ -1,4 +1,4 @@
-"""The one error that means "the user can mend this"; the command line prints it as one line and exits with code 2."""
+"""Errors that mean something to the command line: what the user can mend (code 2), a run that was told to end (143)."""
 
 
 class UserError(ValueError):
@@ -10,3 +10,7 @@ class UserError(ValueError):
 
 class MissingError(UserError, FileNotFoundError):
     """Something the user named does not exist; the message says where it was looked for."""
+
+
+class StoppedError(Exception):
+    """The run was told to end before its end, and did so in good order; its message says how to go on."""

@@ -62,6 +62,11 @@ class Method(Protocol):
         """Whether batches must carry a strong view."""
         ...
 
+    @property
+    def one_process(self) -> bool:
+        """Whether it keeps a table over all rows, and so cannot train on several workers."""
+        ...
+
     def setup(self, num_rows: int, num_findings: int) -> None:
         """Called once before training with the number of training rows and of findings."""
         ...

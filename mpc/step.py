@@ -74,6 +74,8 @@ class Mpc(nn.Module):
         self.btc_input, self.btc_target, self.btc_global = btc_input, btc_target, btc_global
         self.warmup_epochs, self.ramp_epochs = warmup_epochs, ramp_epochs
 
+    one_process = False
+
     @property
     def needs_strong(self) -> bool:
         """Whether IPC is active."""

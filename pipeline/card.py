@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from mpc.config import Config, PixelSpec
 from mpc.errors import MissingError, UserError
 from pipeline import storage
-from pipeline.config import PolicyConfig, SplitConfig
 from pipeline.manifest import matrix
+from pipeline.prepare_config import PolicyConfig, SplitConfig
 
 CARD_FILE = "dataset.json"
 QUARANTINE_FILE = "quarantine.parquet"

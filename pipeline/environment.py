@@ -12,6 +12,8 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else worker prints appear twice
+    # a lost node counts for half a minute more; workers planned on it are planned anew after so long, not 60 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     # reading tasks come in bursts: after the default of 1 s each burst would start, and import, a process anew
     "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU keep seeing CUDA_VISIBLE_DEVICES

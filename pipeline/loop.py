@@ -11,30 +11,30 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mpc import checkpoint as checkpoints
 from mpc.build import build_method
-from mpc.config import CheckpointInfo
-from mpc.errors import UserError
 from mpc.method import Batch, Method, Progress, StepOutput
 from mpc.model import Classifier, Ema
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
+from pipeline.divergence import REPORT, DivergedError, Watch, as_json, describe
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
+from pipeline.saved import gathered, restore, save
 from pipeline.scoring import NO_CHOICES, Choices, Scored, score_rows, validation_metrics
 from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, to_device
 from pipeline.spans import TrainingData
 from pipeline.stream import batches
-from pipeline.versions import git_commit, versions
 
 Metrics = dict[str, Any]
+Notice = Literal["go", "save", "stop"]
+"""Go on; write a checkpoint, for a worker will be lost; or write one and end."""
 
 
 class Host(Protocol):
@@ -43,6 +43,8 @@ class Host(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    scratch: Path | None = None
+    """Where checkpoints are written, for the host to take over; None takes the system's place for temporary files."""
 
     def last_checkpoint(self) -> AbstractContextManager[Path | None]:
         """The folder to continue from, if there is one."""
@@ -56,9 +58,17 @@ class Host(Protocol):
         """Shows a line of progress inside an epoch (rank 0)."""
         ...
 
+    def begun(self, step: int, metrics: Metrics) -> None:
+        """Learns before the first step where the loop begins, and with which metrics of the checkpoint there."""
+        return
 
-class DivergedError(UserError):
-    """The loss left the real numbers."""
+    def notice(self, step: int) -> Notice:
+        """What to do after a step; every rank gets the same answer."""
+        return "go"
+
+    def leave(self, name: str, content: bytes) -> str:
+        """Leaves a file with the run for people to read (rank 0); its place."""
+        ...
 
 
 class _Step(nn.Module):
@@ -101,7 +111,7 @@ class Loop:
         self.optimizer = make_optimizer(run, self.method.param_groups(self.model, run.optim.lr))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
         self.scaler = torch.amp.GradScaler(host.device.type, enabled=run.train.amp == "fp16")
-        self.meter = Meter(host.device)
+        self.meter, self.watch = Meter(host.device), Watch(host.device)
         self.step = 0
 
     def _rate(self) -> Callable[[int], float]:
@@ -111,20 +121,27 @@ class Loop:
     def fit(self) -> Metrics:
         """Trains to the end, from the host's last checkpoint if it has one; the metrics of the last epoch."""
         with self.host.last_checkpoint() as folder:
-            metrics = self.restore(folder) if folder else {}
+            metrics = restore(self, folder) if folder else {}
+        self.host.begun(self.step, metrics)
         started, waited, logged = time.perf_counter(), 0.0, self.step
         for batch in self._batches():
             waited += batch.waited
             self.train_step(batch.batch)
+            notice = self.host.notice(self.step)
             ended = self.step % self.plan.steps_per_epoch == 0
             if self.step % self.run.train.log_every == 0 and not ended:
                 self._show(started, waited, logged)
             if ended:
                 metrics = self.end_epoch(time.perf_counter() - started, waited, self.step - logged)
                 started, waited, logged = time.perf_counter(), 0.0, self.step
-            elif self.run.train.checkpoint_every and self.step % self.run.train.checkpoint_every == 0:
+            elif notice != "go" or self._due(self.run.train.checkpoint_every):
                 self._report({"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}, NO_CHOICES)
+            if notice == "stop":
+                break
         return metrics
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
     def _batches(self) -> Iterator[Timed]:
         """Batches from the running step on, on the device, each with the seconds that it was waited for."""
@@ -156,7 +173,9 @@ class Loop:
             batch = augmented(batch, self.views, self._seed("views"))
         progress = Progress(self.step, self.plan.steps_per_epoch, self.run.train.epochs)
         loss, output = self.step_module(batch, progress)
-        self._refuse_nan(loss, batch)
+        self.watch.add(loss, self.step)
+        if loss.device.type == "cpu" or self._due(self.run.train.log_every):  # on a GPU looking synchronises
+            self._refuse_nan()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -174,16 +193,19 @@ class Loop:
         text = f"{self.run.train.seed}:{self.step}:{self.host.rank}{what}"
         return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
 
-    def _refuse_nan(self, loss: Tensor, batch: Batch) -> None:
-        """Stops at a loss that is not finite. On a GPU only steps that log look, because looking synchronises."""
-        if loss.device.type != "cpu" and self.step % self.run.train.log_every:
+    def _refuse_nan(self) -> None:
+        """Stops every rank at a loss that was not finite, and names its images."""
+        found = self.watch.look()
+        if found is None:
             return
-        if not torch.isfinite(loss):
-            rate, rows = self.schedule.get_last_lr()[0], batch.row[:8].tolist()
-            raise DivergedError(
-                f"the loss is {loss.item()} at step {self.step}, learning rate {rate:.3g}, rows {rows} ...; "
-                f"lower optim.lr or look at these images"
-            )
+        step, ranks = found
+        rate = self.run.optim.lr * self._rate()(step)
+        known = describe(self.data, self.card, self.plan, step, ranks, rate)
+        place = self.host.leave(REPORT, as_json(known)) if self.host.rank == 0 else REPORT
+        raise DivergedError(
+            f"the loss is not finite at step {step}, learning rate {rate:.3g}, rows {known['rows'][:8]} ...; {place} "
+            f"lists the images of that batch; lower optim.lr or look at them"
+        )
 
     def end_epoch(self, seconds: float, waited: float, steps: int) -> Metrics:
         """Validation with the averaged weights, then a checkpoint with all metrics of the epoch."""
@@ -243,56 +265,11 @@ class Loop:
             self.host.log(line)
 
     def _report(self, metrics: Metrics, choices: Choices) -> None:
-        with TemporaryDirectory(prefix="mpc-cxr-") as folder:
+        self._refuse_nan()  # no checkpoint holds weights of a run that has diverged
+        host = self.host
+        meters = gathered(self.meter.state_dict(), host.rank, host.world_size)
+        with TemporaryDirectory(prefix="mpc-cxr-", dir=host.scratch) as folder:
             path = Path(folder) / f"step-{self.step:08d}"
-            if self.host.rank == 0:
-                self.save(path, metrics, choices)
-            self.host.report(metrics, path)
-
-    def save(self, folder: Path, metrics: Metrics, choices: Choices) -> None:
-        """Writes a checkpoint that continues, evaluates and registers."""
-        state = {
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "method": self.method.state_dict(),
-            "meter": self.meter.state_dict(),
-        }
-        info = CheckpointInfo(
-            config=self.run.model_dump(mode="json"),
-            findings=self.card.findings,
-            image_size=self.card.image_size,
-            pixels=self.card.pixels,
-            step=self.step,
-            epoch=self.step / self.plan.steps_per_epoch,
-            metrics={k: v for k, v in metrics.items() if isinstance(v, int | float)},
-            **choices._asdict(),
-            data_digest=self.card.digest,
-            git_commit=git_commit(),
-            versions=versions(),
-        )
-        checkpoints.save(folder, self.model, self.ema.module.state_dict(), state, info)
-
-    def restore(self, folder: Path) -> Metrics:
-        """Continues from a checkpoint of the same run and data; its metrics.
-
-        Raises:
-            UserError: the data set has changed since.
-        """
-        info = checkpoints.read_info(folder)
-        if info.data_digest != self.card.digest:
-            raise UserError(
-                f"{self.data}: digest {self.card.digest[:12]} differs from {info.data_digest[:12]} of the checkpoint; "
-                f"continue on the data that the run began with"
-            )
-        self.model.load_state_dict(checkpoints.load_weights(folder, "model"))
-        self.ema.module.load_state_dict(checkpoints.load_weights(folder, "ema"))
-        state = checkpoints.load_training_state(folder)
-        self.step = state["step"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.method.load_state_dict(state["method"])
-        self.meter.load_state_dict(state["meter"])
-        return dict(info.metrics)
+            if host.rank == 0:
+                save(self, path, metrics, choices, meters)
+            host.report(metrics, path)

@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 
 from mpc.errors import UserError
-from pipeline.config import PolicyConfig
 from pipeline.manifest import (
     BLANK,
     NEGATIVE,
@@ -18,6 +17,7 @@ from pipeline.manifest import (
     matrix,
     schema,
 )
+from pipeline.prepare_config import PolicyConfig
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from pipeline.card import (
     read_card,
     write_card,
 )
-from pipeline.config import PrepareConfig, SplitConfig
 from pipeline.manifest import LEFT_OUT, QUARANTINE_SCHEMA, SourceTable, check, matrix
+from pipeline.prepare_config import PrepareConfig, SplitConfig
 from pipeline.shard_file import WORK_FOLDER, ShardJob, ShardRecord
 from pipeline.sources import PRIVATE, Roots, open_source
 

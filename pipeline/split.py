@@ -11,8 +11,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mpc.errors import UserError
-from pipeline.config import SplitConfig
 from pipeline.manifest import SPLITS, UNLABELLED, check_patients, leaked_patients, matrix
+from pipeline.prepare_config import SplitConfig
 from pipeline.sources import tables
 
 FILE_KEYS = ("patient_id", "image_id")

@@ -1,12 +1,13 @@
 """URI -> filesystem: local paths, file:// and s3:// with any endpoint; the only place that reads and writes them."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 from uuid import uuid4
 
@@ -51,17 +52,39 @@ def name(uri: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
+class Place(NamedTuple):
+    """Where an s3:// URI points."""
+
+    endpoint: str
+    """http(s)://HOST[:PORT] of an S3-compatible server; empty for AWS itself."""
+    region: str
+    """Empty where nothing names one."""
+    path: str
+    """BUCKET/KEY."""
+
+
 def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem that holds `uri`, and the path in it.
+
+    Raises:
+        UserError: as `place_of`, and where an endpoint does not answer.
+    """
+    if not is_remote(uri):
+        return fs.LocalFileSystem(), str(Path(_local(uri)).expanduser().absolute())
+    endpoint, region, path = place_of(uri)
+    bucket = "" if endpoint or region else path.partition("/")[0]
+    return _s3(endpoint, region, bucket, os.environ.get("AWS_MAX_ATTEMPTS", "")), path
+
+
+def place_of(uri: str) -> Place:
+    """What an s3:// URI and the environment say together.
 
     S3 endpoints come from `?endpoint_override=`, else AWS_ENDPOINT_URL_S3, else AWS_ENDPOINT_URL; credentials only from
     the standard chain.
 
     Raises:
-        UserError: unknown scheme or option, credentials inside the URI, or an endpoint that does not answer.
+        UserError: unknown scheme or option, credentials inside the URI, no bucket.
     """
-    if not is_remote(uri):
-        return fs.LocalFileSystem(), str(Path(_local(uri)).expanduser().absolute())
     path, _, query = uri.removeprefix("s3://").partition("?")
     options = dict(parse_qsl(query))
     unknown = sorted(set(options) - set(OPTIONS))
@@ -76,8 +99,7 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
     region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
-    bucket = "" if endpoint or region else path.partition("/")[0]
-    return _s3(endpoint, region, bucket, os.environ.get("AWS_MAX_ATTEMPTS", "")), path.strip("/")
+    return Place(endpoint, region, path.strip("/"))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -96,7 +118,7 @@ def write_bytes(uri: str, content: bytes) -> None:
 def open_input(uri: str) -> Iterator[Any]:
     """A seekable file for reading (`pyarrow.NativeFile`)."""
     filesystem, path = resolve(uri)
-    with _explained(uri), filesystem.open_input_file(path) as stream:
+    with explained(uri), filesystem.open_input_file(path) as stream:
         yield stream
 
 
@@ -104,7 +126,7 @@ def open_input(uri: str) -> Iterator[Any]:
 def open_output(uri: str) -> Iterator[Any]:
     """A stream for writing; locally it takes its name only when it is complete, on S3 an upload is atomic itself."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if is_remote(uri):
             with filesystem.open_output_stream(path, compression=None) as stream:  # else a name in .gz is packed
                 yield stream
@@ -122,14 +144,14 @@ def open_output(uri: str) -> Iterator[Any]:
 def exists(uri: str) -> bool:
     """Whether a file or folder is there; a folder on S3 exists while it holds an object."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
 
 def size(uri: str) -> int | None:
     """Bytes of a file; None where there is none."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         info = filesystem.get_file_info(path)
     return int(info.size) if info.type == fs.FileType.File else None
 
@@ -141,7 +163,7 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
         MissingError: the folder does not exist.
     """
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     wanted = tuple(suffix.lower() for suffix in suffixes)
     paths = sorted(info.path for info in entries if info.type == fs.FileType.File)
@@ -155,7 +177,7 @@ def list_files(uri: str, suffixes: Sequence[str] = ()) -> list[str]:
 def is_empty(uri: str) -> bool:
     """Whether no file lies under `uri` at any depth; empty folders, which S3 servers may leave behind, do not count."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
     return all(info.type == fs.FileType.Directory for info in entries)
 
@@ -163,7 +185,7 @@ def is_empty(uri: str) -> bool:
 def delete(uri: str) -> None:
     """Deletes a file, or a folder with all it holds; nothing there is no fault."""
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.File:
             filesystem.delete_file(path)
@@ -178,7 +200,7 @@ def make_dirs(uri: str) -> None:
         UserError: no such bucket, or no right to it.
     """
     filesystem, path = resolve(uri)
-    with _explained(uri):
+    with explained(uri):
         if not is_remote(uri):
             filesystem.create_dir(path, recursive=True)
         elif filesystem.get_file_info(path.partition("/")[0]).type == fs.FileType.NotFound:
@@ -200,17 +222,34 @@ def _s3(endpoint: str, region: str, bucket: str, attempts: str) -> fs.S3FileSyst
     if endpoint:
         _probe(endpoint)
     if bucket:
-        with _explained(f"s3://{bucket}"):
+        with explained(f"s3://{bucket}"):
             region = fs.resolve_s3_region(bucket)
-    address = urlsplit(endpoint)
-    return fs.S3FileSystem(
-        endpoint_override=(address.netloc + address.path.rstrip("/")) or None,
-        scheme=address.scheme or "https",
-        region=region or "us-east-1",
-        connect_timeout=CONNECT_SECONDS,
-        request_timeout=REQUEST_SECONDS,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=int(attempts or ATTEMPTS)),
-    )
+    return _Client(endpoint, region or "us-east-1", int(attempts or ATTEMPTS))
+
+
+class _Client(fs.S3FileSystem):  # type: ignore[misc]
+    """An S3 client that stays patient where Ray sends it: pyarrow's own pickle forgets how often to try again."""
+
+    def __init__(self, endpoint: str, region: str, attempts: int) -> None:
+        self.made_of = (endpoint, region, attempts)
+        address = urlsplit(endpoint)
+        super().__init__(
+            endpoint_override=(address.netloc + address.path.rstrip("/")) or None,
+            scheme=address.scheme or "https",
+            region=region,
+            connect_timeout=CONNECT_SECONDS,
+            request_timeout=REQUEST_SECONDS,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        )
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str, int]]:
+        return _sent, self.made_of
+
+
+@lru_cache(maxsize=16)
+def _sent(endpoint: str, region: str, attempts: int) -> _Client:
+    """The client in a process that it was sent to."""
+    return _Client(endpoint, region, attempts)
 
 
 def _probe(endpoint: str) -> None:
@@ -228,8 +267,8 @@ def _probe(endpoint: str) -> None:
 
 
 @contextmanager
-def _explained(uri: str) -> Iterator[None]:
-    """Turns errors of the filesystem into one line for the user; others pass unchanged."""
+def explained(uri: str) -> Iterator[None]:
+    """Turns errors of the filesystem about `uri` into one line for the user; others pass unchanged."""
     try:
         yield
     except UserError:
@@ -239,12 +278,14 @@ def _explained(uri: str) -> Iterator[None]:
     except PermissionError as error:
         raise DeniedError(f"{uri} may not be accessed; check its rights or your credentials") from error
     except OSError as error:
-        raise _translated(uri, error) from error
+        raise translated(uri, error) from error
 
 
-def _translated(uri: str, error: OSError) -> UserError:
-    """The user's view of an operating system or S3 error, by the codes that the AWS SDK prints."""
+def translated(uri: str, error: OSError) -> UserError:
+    """The user's view of an operating system or S3 error about `uri`, by the codes that the AWS SDK prints."""
     text = " ".join(str(error).split())
+    if error.errno == errno.ENOSPC or "No space left on device" in text:
+        return UserError(f"no space is left for {uri}; free some, then continue with --resume")
     if "NO_SUCH_BUCKET" in text:
         return MissingError(f"the bucket of {uri} does not exist; create it or mend the name")
     if "NO_SUCH_KEY" in text or "RESOURCE_NOT_FOUND" in text or "HTTP response code 404" in text:

@@ -1,54 +1,40 @@
 """One training run as a Ray Train job: any number of workers, continued after a fault or with `resume`."""
 
-import logging
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import errno
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import ray.train
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer, get_device
-from ray.util.queue import Empty, Queue
+from ray.exceptions import RayActorError
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
 
 from mpc.build import build_method
-from mpc.errors import UserError
+from mpc.errors import StoppedError, UserError
 from pipeline import runtime, storage
-from pipeline.card import DatasetCard, read_card
-from pipeline.checkpoints import opened, publish
+from pipeline.card import read_card
+from pipeline.checkpoints import best_of, publish
 from pipeline.config import RunConfig
-from pipeline.loop import Loop, Metrics
+from pipeline.divergence import DivergedError
+from pipeline.follow import Follower, Listener, following, queue_beside_driver
+from pipeline.loop import Metrics
 from pipeline.plan import make_plan
-from pipeline.record import MetricsLog, claim
+from pipeline.preflight import preflight, shortage
+from pipeline.record import MetricsLog, claim, is_epoch
 from pipeline.scoring import require_validation
 from pipeline.setup import make_model
+from pipeline.wish import Wish
+from pipeline.worker import STORAGE_NAME, work
 
-log = logging.getLogger(__name__)
-
-STORAGE_NAME = "train"
-
-
-class Listener(Protocol):
-    """Someone who follows a run from the driver: a tracker, a progress display."""
-
-    def on_start(self, run: RunConfig, card: DatasetCard) -> None:
-        """Before the first step."""
-        ...
-
-    def on_log(self, line: Metrics) -> None:
-        """Every `train.log_every` steps: step, loss terms, images/s, share of data wait, seconds left."""
-        ...
-
-    def on_epoch(self, metrics: Metrics) -> None:
-        """After an epoch's checkpoint is stored."""
-        ...
-
-    def on_end(self, status: str, best_checkpoint: str | None) -> None:
-        """`FINISHED` or `FAILED`."""
-        ...
+RESOURCES = (
+    "train.num_workers", "train.min_workers", "train.resize_s", "train.worker_cpus", "train.max_failures",
+    "train.keep", "train.log_every", "train.checkpoint_every", "data.backend", "data.tasks", "data.task_cpus",
+)  # fmt: skip
+"""Settings that a continued run may change: how it runs, not what it learns."""
 
 
 @dataclass(frozen=True)
@@ -63,47 +49,32 @@ class TrainResult:
     """Metrics of every epoch, in order."""
 
 
-class TrainHost:
-    """A worker of Ray Train as host of the loop."""
-
-    def __init__(self, queue: Queue) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = get_device()
-        self.queue = queue
-
-    @contextmanager
-    def last_checkpoint(self) -> Iterator[Path | None]:
-        """Downloads the checkpoint that Ray Train continues from."""
-        with opened(ray.train.get_checkpoint()) as folder:
-            yield folder
-
-    def report(self, metrics: Metrics, checkpoint: Path) -> None:
-        """Uploads the checkpoint from rank 0; a barrier for all ranks."""
-        saved = Checkpoint.from_directory(checkpoint) if self.rank == 0 else None
-        ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=checkpoint.name)
-
-    def log(self, line: Metrics) -> None:
-        """Sends a line to the driver without waiting for it."""
-        self.queue.actor.put_nowait.remote(("log", line))
-
-
 class _Recorder(UserCallback):  # type: ignore[misc]
     """Writes metrics.jsonl once an epoch's checkpoint is stored; runs beside Ray Train's controller."""
 
-    def __init__(self, out: str, queue: Queue) -> None:
+    def __init__(self, out: str, news: Queue) -> None:
         self.log = MetricsLog(out)
-        self.queue = queue
+        self.news = news
 
     def after_report(self, run_context: Any, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:
         epoch = metrics[0]
-        if "val_macro_auroc" in epoch:  # checkpoints inside an epoch carry their position alone
+        if is_epoch(epoch):
             self.log.add(epoch)
-            self.queue.actor.put_nowait.remote(("epoch", epoch))
+            self.news.actor.put_nowait.remote(("epoch", epoch))
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        rank, error = next(iter(sorted(worker_exceptions.items())))
-        self.queue.actor.put_nowait.remote(("fault", {"rank": rank, "error": repr(error)[:500]}))
+        self.news.actor.put_nowait.remote(("fault", {"cause": _cause(worker_exceptions)}))
+
+
+def _cause(errors: dict[int, Exception]) -> str:
+    """Which worker failed, and of what, in one line; where one was lost, what the others make of it says nothing."""
+    for rank, error in sorted(errors.items()):
+        lost = getattr(error, "health_check_failure", None)
+        if isinstance(lost, RayActorError):
+            because = re.search(r"because (.+?)\.", str(lost))
+            return f"worker {rank} was lost: {because[1] if because else 'it does not answer'}"
+    rank, error = min(errors.items())
+    return f"worker {rank} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def train(
@@ -115,118 +86,95 @@ def train(
         run: the resolved configuration.
         data: URI of a prepared data set.
         out: folder or s3:// prefix of this run; its identity.
-        resume: continue what lies there, from the last checkpoint, with the same configuration.
+        resume: continue what lies there, from the last checkpoint, with the same configuration but for resources.
         listeners: who follows.
 
     Raises:
         UserError: settings, data or weights that do not fit; a run in `out` without `resume`; a loss that diverged.
+        StoppedError: SIGTERM came; the checkpoint of the step that it came in is stored.
     """
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
     require_validation(card)
-    make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size)
-    build_method(run.train.method, run, make_model(run, card))
+    plan = make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size)
+    method = build_method(run.train.method, run, make_model(run, card))
+    if method.one_process and run.train.num_workers > 1:
+        raise UserError(
+            f"method {run.train.method} keeps a table over all rows in one process; set train.num_workers=1"
+        )
     runtime.start()
     preflight(run)
-    claim(out, {"config": run.model_dump(mode="json"), "data_digest": card.digest}, resume=resume)
-    queue = Queue(actor_options={"num_cpus": 0})
+    identity = {"config": run.model_dump(mode="json"), "data_digest": card.digest}
+    claim(out, identity, resume=resume, free=RESOURCES)
+    steps = run.train.epochs * plan.steps_per_epoch
     for listener in listeners:
         listener.on_start(run, card)
+    status, best = "FAILED", None
     try:
-        with _following(queue, listeners):
-            result = _trainer(run, data, card, out, queue).fit()
-    except Exception as error:
-        for listener in listeners:
-            listener.on_end("FAILED", None)
-        raise _explained(error) from error
+        _fit(run, data, out, Follower(out, steps, listeners, lambda: shortage(run)))
+        result = _concluded(run, out)
+        status, best = "FINISHED", result.best_checkpoint
+    except StoppedError:
+        status = "KILLED"
+        raise
+    except TrainingFailedError as error:
+        raise _explained(error, out) from error
     finally:
-        queue.shutdown(force=True)
-    best = _publish(run, result, out)
-    for listener in listeners:
-        listener.on_end("FINISHED", best)
-    history = MetricsLog(out).read()
-    key = f"val_{run.train.metric}"
-    return TrainResult(best, max(history, key=lambda line: line[key]), history)
+        for listener in listeners:
+            listener.on_end(status, best)
+    return result
 
 
-def preflight(run: RunConfig) -> None:
-    """Refuses what Ray would wait for without end.
+def _fit(run: RunConfig, data: str, out: str, follower: Follower) -> None:
+    """Runs the job to its end.
 
     Raises:
-        UserError: workers and reading tasks together ask for more than the cluster has.
+        DivergedError: the loss left the real numbers.
+        StoppedError: the workers were told to end, and did.
     """
-    resources: dict[str, float] = ray.cluster_resources()
-    if run.train.num_workers * run.worker_cpus + run.cpus_beside > resources.get("CPU", 0):
-        raise UserError(
-            f"{run.train.num_workers} workers x {run.worker_cpus:g} CPU and {run.cpus_beside:g} CPU for Ray Data "
-            f"exceed the cluster's {resources.get('CPU', 0):g} CPUs; lower train.num_workers, train.worker_cpus or "
-            f"data.task_cpus"
+    news, wish = queue_beside_driver(), Wish()
+    try:
+        with following(follower, news, wish):
+            result = _trainer(run, data, out, news, wish).fit()
+    finally:
+        news.shutdown(force=True)
+        wish.drop()
+    if result.return_value is not None:
+        raise DivergedError(result.return_value)
+    if result.metrics["step"] < follower.steps:
+        raise StoppedError(
+            f"stopped at step {result.metrics['step']} of {follower.steps}, its checkpoint is stored in {out}; "
+            f"--resume goes on from there"
         )
-    if run.train.use_gpu and run.train.num_workers > resources.get("GPU", 0):
-        raise UserError(
-            f"{run.train.num_workers} workers ask for a GPU each, the cluster has {resources.get('GPU', 0):g}; "
-            f"lower train.num_workers or set train.use_gpu=false"
-        )
 
 
-def _work(config: dict[str, Any]) -> None:
-    """What every worker runs."""
-    host = TrainHost(config["queue"])
-    Loop(RunConfig.model_validate(config["run"]), config["data"], read_card(config["data"]), host).fit()
-
-
-def _trainer(run: RunConfig, data: str, card: DatasetCard, out: str, queue: Queue) -> TorchTrainer:
+def _trainer(run: RunConfig, data: str, out: str, news: Queue, wish: Wish) -> TorchTrainer:
     filesystem, path = storage.resolve(out)
+    least, most = run.train.least_workers, run.train.num_workers
     resources: dict[str, float] = {"CPU": run.worker_cpus, **({"GPU": 1} if run.train.use_gpu else {})}
+    config = {"run": run.model_dump(mode="json"), "data": data, "out": out, "news": news, "wish": wish}
     return TorchTrainer(
-        _work,
-        train_loop_config={"run": run.model_dump(mode="json"), "data": data, "queue": queue},
+        work,
+        train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=run.train.num_workers, use_gpu=run.train.use_gpu, resources_per_worker=resources
+            num_workers=most if least == most else (least, most),
+            use_gpu=run.train.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=run.train.resize_s,
         ),
         run_config=ray.train.RunConfig(
             name=STORAGE_NAME,
             storage_path=path,
             storage_filesystem=filesystem if storage.is_remote(out) else None,
             failure_config=FailureConfig(max_failures=run.train.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=run.train.keep,
-                checkpoint_score_attribute=f"val_{run.train.metric}",
-                checkpoint_score_order="max",
-            ),
-            callbacks=[_Recorder(out, queue)],
+            checkpoint_config=CheckpointConfig(num_to_keep=run.train.keep),
+            callbacks=[_Recorder(out, news)],
         ),
     )
 
 
-@contextmanager
-def _following(queue: Queue, listeners: Sequence[Listener]) -> Iterator[None]:
-    """Hands the workers' lines to the listeners from a thread of the driver."""
-    done = threading.Event()
-
-    def follow() -> None:
-        while not (done.is_set() and queue.empty()):
-            try:
-                kind, line = queue.get(timeout=0.2)
-            except Empty:
-                continue
-            if kind == "fault":
-                log.warning("worker %s failed: %s; continuing from the last checkpoint", line["rank"], line["error"])
-                continue
-            for listener in listeners:
-                (listener.on_epoch if kind == "epoch" else listener.on_log)(line)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _explained(error: Exception) -> Exception:
-    """A worker's UserError out of the wrappers that Ray puts around it; anything else as it is."""
+def _explained(error: Exception, out: str) -> Exception:
+    """What a user can mend, out of the wrappers that Ray puts around it; anything else as it is."""
     failures = getattr(error, "worker_failures", None) or {}
     causes: list[Any] = [error, *failures.values()]
     for cause in causes:
@@ -234,12 +182,17 @@ def _explained(error: Exception) -> Exception:
         while inner is not None:
             if isinstance(inner, UserError):
                 return UserError(str(inner))
-            inner = getattr(inner, "cause", None) or inner.__cause__
+            if isinstance(inner, OSError) and ("AWS Error" in str(inner) or inner.errno == errno.ENOSPC):
+                return storage.translated(out, inner)  # of Ray's own writes
+            inner = getattr(inner, "cause", None) or getattr(inner, "controller_failure", None) or inner.__cause__
     return error
 
 
-def _publish(run: RunConfig, result: ray.train.Result, out: str) -> str:
+def _concluded(run: RunConfig, out: str) -> TrainResult:
     """Copies the best checkpoint to best/, where later verbs find it under one name."""
-    key = f"val_{run.train.metric}"
-    scored = [(metrics[key], checkpoint) for checkpoint, metrics in result.best_checkpoints if key in metrics]
-    return publish(max(scored, key=lambda pair: pair[0])[1], out)
+    found = best_of(storage.join(out, STORAGE_NAME))
+    assert found is not None, "a run that has finished has stored its epochs"
+    checkpoint, info = found
+    history = MetricsLog(out).read()
+    metrics = next(line for line in history if line["step"] == info.step)
+    return TrainResult(publish(checkpoint, out), metrics, history)

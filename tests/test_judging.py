@@ -16,12 +16,13 @@ from mpc.config import CalibrationInfo
 from mpc.errors import MissingError, UserError
 from mpc.metrics import RULES, Resamples, intervals
 from pipeline.card import read_card
-from pipeline.config import DataConfig, EvaluateConfig, PhantomConfig, PrepareConfig, SplitConfig
+from pipeline.config import DataConfig, EvaluateConfig
 from pipeline.evaluate import evaluate
 from pipeline.inference import load_model
 from pipeline.manifest import matrix
 from pipeline.pairing import pair
 from pipeline.predictions import Predictions
+from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.scoring import score_rows, validation_metrics
 from pipeline.shards import prepare
 

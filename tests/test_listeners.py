@@ -10,7 +10,8 @@ from mlflow.tracking import MlflowClient
 
 from mpc.errors import MissingError
 from pipeline.card import DatasetCard
-from pipeline.config import PolicyConfig, RunConfig, SplitConfig, TrainConfig
+from pipeline.config import RunConfig, TrainConfig
+from pipeline.prepare_config import PolicyConfig, SplitConfig
 from pipeline.record import MetricsLog
 from tuning.listeners import MlflowCallback, RunListener, close_run, open_run, read_record
 from tuning.record import Status

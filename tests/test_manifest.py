@@ -8,8 +8,8 @@ import pytest
 
 from mpc.errors import UserError
 from pipeline import manifest, policy, split
-from pipeline.config import PolicyConfig, SplitConfig
 from pipeline.manifest import SourceTable, keep_findings, list_column, matrix, source_table
+from pipeline.prepare_config import PolicyConfig, SplitConfig
 
 FINDINGS = ("Effusion", "Mass", "Nodule")
 CODES = np.array([[1, 0, -1], [0, -2, 1], [-1, -1, -2], [0, 0, 0]], np.int8)

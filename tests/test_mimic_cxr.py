@@ -11,9 +11,9 @@ from test_chexpert import jpeg
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.check import check
-from pipeline.config import PrepareConfig, SplitConfig
 from pipeline.decode import decode
 from pipeline.manifest import BLANK, NEGATIVE, POSITIVE, UNCERTAIN, matrix
+from pipeline.prepare_config import PrepareConfig, SplitConfig
 from pipeline.shards import prepare
 from pipeline.sources import open_source
 from pipeline.sources.chexpert import FINDINGS

@@ -13,9 +13,9 @@ from test_nih import collection
 from pipeline import near
 from pipeline.card import NEAR_FILE
 from pipeline.check import check
-from pipeline.config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.decode import decode
 from pipeline.pixels import load
+from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.shards import prepare
 from pipeline.sources import open_source
 

@@ -10,8 +10,8 @@ from PIL import Image
 from test_cli import call
 
 from mpc.errors import UserError
-from pipeline.config import PrepareConfig
 from pipeline.manifest import matrix
+from pipeline.prepare_config import PrepareConfig
 from pipeline.shards import survey
 from pipeline.sources import open_source
 from pipeline.sources.phantom.labels import FINDINGS

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mpc.errors import UserError
-from pipeline.config import PhantomConfig, PolicyConfig, PrepareConfig, SplitConfig
 from pipeline.manifest import matrix
 from pipeline.policy import apply
+from pipeline.prepare_config import PhantomConfig, PolicyConfig, PrepareConfig, SplitConfig
 from pipeline.sources import open_source, phantom
 from pipeline.sources.phantom.anatomy import SIDES, build, draw_pose
 from pipeline.sources.phantom.labels import count_label_sets, frequencies, generator

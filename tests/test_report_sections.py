@@ -18,11 +18,11 @@ from mpc.config import CalibrationInfo
 from mpc.metrics import RULES
 from pipeline.calls import Calls, extremes
 from pipeline.card import read_card
-from pipeline.config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.hidden import hidden, pseudo_positives, recovered, run_of, summarise
 from pipeline.illustrate import read_maps
 from pipeline.overlay import blend
 from pipeline.predictions import Predictions
+from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.shards import prepare
 from pipeline.sources import phantom
 from pipeline.stored import read_images

@@ -20,10 +20,10 @@ from mpc.errors import UserError
 from pipeline import storage, tasks
 from pipeline.card import DatasetCard, read_card
 from pipeline.check import check
-from pipeline.config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.decode import decode
 from pipeline.manifest import matrix
 from pipeline.pixels import load
+from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
 from pipeline.shards import prepare, survey
 
 pytestmark = pytest.mark.usefixtures("ray_session")

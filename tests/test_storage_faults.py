@@ -1,105 +1,19 @@
 """storage on a network that fails: throttled, dropped and cut requests on the way to a real S3 server."""
 
 import os
-import socket
+import pickle
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from conftest import ACCESS_KEY, SECRET_KEY
+from proxy import Proxy, drop, throttle
 
 from mpc.errors import UserError
 from pipeline import storage
 
 PART = 10 * 2**20  # pyarrow's; more than one makes an upload of several parts
-Fault = Callable[[socket.socket], None]
-
-
-def throttle(client: socket.socket) -> None:
-    client.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-
-
-def drop(client: socket.socket) -> None:
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset, no orderly end
-
-
-class Proxy:
-    """Forwards TCP connections to the S3 server; new ones meet the next of `faults` while any are left."""
-
-    def __init__(self, target: str) -> None:
-        self.faults: list[Fault] = []
-        self.met: list[float] = []
-        self.cut: int | None = None  # bytes of the next answer after which its connection is dropped
-        host, _, port = target.removeprefix("http://").partition(":")
-        self._target, self._lock = (host, int(port)), threading.Lock()
-        self._open: set[socket.socket] = set()
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self._server.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def fail(self, *faults: Fault, cut: int | None = None) -> None:
-        """What the next requests meet; connections that the client has kept open are dropped."""
-        with self._lock:
-            self.faults, self.met, self.cut = list(faults), [], cut
-            for client in self._open:
-                client.shutdown(socket.SHUT_RDWR)
-            self._open.clear()
-
-    def close(self) -> None:
-        self._server.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._server.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client:
-            try:
-                head = client.recv(65536)
-            except OSError:
-                return
-            if not head:  # the probe, which sends nothing
-                return
-            with self._lock:
-                fault = self.faults.pop(0) if self.faults else None
-                if fault is None:
-                    self._open.add(client)
-                else:
-                    self.met.append(time.monotonic())
-            if fault is not None:
-                fault(client)
-                return
-            self._forward(client, head)
-
-    def _forward(self, client: socket.socket, head: bytes) -> None:
-        with socket.create_connection(self._target) as server:
-            server.sendall(head)
-            threading.Thread(target=self._pipe, args=(client, server), daemon=True).start()
-            self._pipe(server, client, answers=True)
-        with self._lock:
-            self._open.discard(client)
-
-    def _pipe(self, source: socket.socket, sink: socket.socket, answers: bool = False) -> None:
-        passed = 0
-        try:
-            while chunk := source.recv(65536):
-                if answers and self.cut is not None and passed + len(chunk) > self.cut:
-                    self.cut, self.met = None, [*self.met, time.monotonic()]
-                    drop(sink)
-                    sink.shutdown(socket.SHUT_RDWR)
-                    return
-                sink.sendall(chunk)
-                passed += len(chunk)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            return
 
 
 @pytest.fixture
@@ -162,6 +76,18 @@ def test_tries_end_where_the_clients_own_setting_says_and_have_pauses(folder, pr
     assert "\n" not in str(caught.value)
     assert len(proxy.met) == 3
     assert proxy.met[-1] - proxy.met[0] > 0.05  # at random below 1 s, then below 2 s
+
+
+def test_a_client_that_ray_sends_to_a_worker_tries_as_often(folder, proxy, monkeypatch):
+    """A client's own pickle forgets its retries: a worker gave up after two seconds where the driver waits a minute."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    filesystem, path = storage.resolve(folder)
+    sent = pickle.loads(pickle.dumps(filesystem))
+    assert (sent == filesystem, sent is filesystem) == (True, False)
+    proxy.fail(*[throttle] * 20)
+    with pytest.raises(OSError, match="503"):
+        sent.get_file_info(f"{path}/small")
+    assert len(proxy.met) == 2
 
 
 READ = "import sys; from pipeline import storage; sys.stdout.write(storage.read_bytes(sys.argv[1]).decode())"

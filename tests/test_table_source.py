@@ -15,8 +15,8 @@ from mpc.errors import MissingError, UserError
 from pipeline import identity, storage
 from pipeline.card import read_card
 from pipeline.check import check
-from pipeline.config import PolicyConfig, PrepareConfig, SplitConfig, TableConfig
 from pipeline.manifest import BLANK, NEGATIVE, POSITIVE, UNCERTAIN, matrix
+from pipeline.prepare_config import PolicyConfig, PrepareConfig, SplitConfig, TableConfig
 from pipeline.shards import prepare, survey
 from pipeline.sources import open_source
 

@@ -2,87 +2,34 @@
 
 import gc
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from runs import EXACT, PlainHost, assert_equal, assert_same, tiny
 
 from mpc.baselines import NAMES
-from mpc.checkpoint import load_training_state, load_weights, read_info
+from mpc.checkpoint import load_weights, read_info
 from mpc.errors import UserError
 from pipeline.card import read_card
-from pipeline.config import RunConfig
-from pipeline.loop import DivergedError, Loop, Metrics
+from pipeline.divergence import DivergedError
+from pipeline.loop import Loop, Metrics
+from pipeline.plan import make_plan
 from pipeline.record import MetricsLog
 from pipeline.scoring import require_validation
+from pipeline.stream import scan
 from pipeline.train import train
-
-TINY = {
-    "model": {"backbone": "test_efficientnet_gn"},
-    "loss": {"warmup_epochs": 0.2, "ramp_epochs": 0.5},
-    "optim": {"lr": 0.003},
-    "data": {"tasks": 1, "task_cpus": 0.25},
-    "train": {"epochs": 2, "batch_size": 32, "worker_cpus": 0.5, "log_every": 7},
-}
 
 RELABELLING = {"mpc", "ll_r", "ll_ct", "ll_cp", "splc"}
 
 
-def tiny(**sections: dict[str, object]) -> RunConfig:
-    return RunConfig.model_validate({k: {**TINY.get(k, {}), **sections.get(k, {})} for k in {*TINY, *sections}})
-
-
-class PlainHost:
-    """A plain process as host of the loop; it keeps every checkpoint and may stop after one."""
-
-    rank, world_size, device = 0, 1, torch.device("cpu")
-
-    def __init__(self, out: Path, stop_after: int | None = None) -> None:
-        self.out, self.stop_after = out, stop_after
-
-    @contextmanager
-    def last_checkpoint(self) -> Iterator[Path | None]:
-        yield max(self.out.glob("step-*"), default=None)
-
-    def report(self, metrics: Metrics, checkpoint: Path) -> None:
-        checkpoint.rename(self.out / checkpoint.name)
-        if metrics["step"] == self.stop_after:
-            raise KeyboardInterrupt
-
-    def log(self, line: Metrics) -> None:
-        assert 0 <= line["data_wait_share"] <= 1
-
-
-def checkpoint_state(folder: Path) -> dict[str, object]:
-    """All that a checkpoint continues with; seconds and rates are no part of it."""
-    state = load_training_state(folder)
-    return {"model": load_weights(folder, "model"), "ema": load_weights(folder, "ema"), **state}
-
-
-def assert_equal(left: object, right: object, where: str = "") -> None:
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), where
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), where
-        for key in left:
-            assert_equal(left[key], right[key], f"{where}.{key}")
-    elif isinstance(left, list):
-        for i, pair in enumerate(zip(left, right, strict=True)):
-            assert_equal(*pair, f"{where}[{i}]")
-    else:
-        assert left == right, where
-
-
 @pytest.mark.parametrize("place", ["stream", "device"])
-def test_a_run_continues_from_the_middle_of_an_epoch_bit_for_bit(place: str, phantom_data: str, tmp_path: Path) -> None:
+def test_a_run_continues_from_every_checkpointed_step_bit_for_bit(
+    place: str, phantom_data: str, tmp_path: Path
+) -> None:
+    """A run that ends after each of its checkpoints, in a loop of its own every time, equals one that never ended."""
     views = {"place": place, "strong": {"count": 2}}
     run = tiny(
         views=views, train={"checkpoint_every": 5}, pseudo={"align": "distribution", "kappa": 2.5, "source": "ema"}
@@ -91,19 +38,15 @@ def test_a_run_continues_from_the_middle_of_an_epoch_bit_for_bit(place: str, pha
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     Loop(run, phantom_data, card, PlainHost(whole)).fit()
-    with pytest.raises(KeyboardInterrupt):
-        Loop(run, phantom_data, card, PlainHost(broken, stop_after=5)).fit()
-    assert [p.name for p in broken.iterdir()] == ["step-00000005"]  # in the middle of the first epoch
-    Loop(run, phantom_data, card, PlainHost(broken)).fit()
-    for folder in sorted(whole.iterdir()):
-        assert_equal(checkpoint_state(folder), checkpoint_state(broken / folder.name), folder.name)
-    last = max(whole.iterdir())
-    timed = {"images_per_s", "data_wait_share", "seconds"}
-    assert all(
-        read_info(broken / last.name).metrics[name] == value
-        for name, value in read_info(last).metrics.items()
-        if name not in timed
-    )
+    names = sorted(folder.name for folder in whole.iterdir())
+    per_epoch = make_plan(card, seed=0, batch_size=32).steps_per_epoch
+    steps = {*range(5, 2 * per_epoch, 5), per_epoch, 2 * per_epoch}
+    assert names == [f"step-{step:08d}" for step in sorted(steps)]  # most of them inside an epoch
+    for _ in names:
+        with pytest.raises(KeyboardInterrupt):
+            Loop(run, phantom_data, card, PlainHost(broken, once=True)).fit()
+    for name in names:
+        assert_same(whole / name, broken / name)
 
 
 def test_a_loop_leaves_nothing_behind(phantom_data: str, tmp_path: Path) -> None:
@@ -145,21 +88,27 @@ def test_every_method_trains_and_says_what_it_did(method: str, phantom_data: str
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_step(phantom_data: str, tmp_path: Path) -> None:
     run = tiny(optim={"lr": 1e30, "clip": 1e30, "name": "sgd"})
-    with pytest.raises(DivergedError, match=r"at step \d+, learning rate .*rows"):
-        Loop(run, phantom_data, read_card(phantom_data), PlainHost(tmp_path)).fit()
+    card = read_card(phantom_data)
+    with pytest.raises(DivergedError, match=r"at step \d+, learning rate .*rows") as caught:
+        Loop(run, phantom_data, card, PlainHost(tmp_path)).fit()
+    report = json.loads((tmp_path / "diverged.json").read_text())
+    assert f"at step {report['step']}, learning rate {report['learning_rate']:.3g}" in str(caught.value)
+    rows = make_plan(card, seed=0, batch_size=32).batch(report["step"])
+    assert report["rows"] == rows.tolist()
+    ids = {row: name for b in scan(phantom_data, card, "train") for row, name in zip(*columns(b), strict=True)}
+    assert report["image_ids"] == [ids[row] for row in rows]
+
+
+def columns(batch: pa.RecordBatch) -> tuple[list[int], list[str]]:
+    return batch["row"].to_pylist(), batch["image_id"].to_pylist()
 
 
 def test_two_workers_equal_one_at_the_same_global_batch(phantom_data: str, tmp_path: Path) -> None:
-    exact = {
-        "optim": {"name": "sgd", "lr": 0.01},
-        "btc": {"scope": "global", "dropout": 0.0},
-        "model": {"perturb": {"rate": 0.0}},
-    }
     steps = read_card(phantom_data).rows("train").stop // 24
     assert 15 <= steps <= 20
     results = []
     for workers in (1, 2):
-        run = tiny(**exact, train={"epochs": 1, "batch_size": 24, "num_workers": workers})
+        run = tiny(**EXACT, train={"epochs": 1, "batch_size": 24, "num_workers": workers})
         results.append(train(run, phantom_data, str(tmp_path / str(workers))))
     one, two = (load_weights(Path(result.best_checkpoint), "model") for result in results)
     for name in one:
@@ -216,6 +165,8 @@ def test_a_finished_run_leaves_its_record(phantom_data: str, tmp_path: Path) -> 
     [
         ({"train": {"num_workers": 8, "batch_size": 32}}, "lower train.num_workers"),
         ({"train": {"use_gpu": True}}, "train.use_gpu=false"),
+        ({"train": {"method": "ll_cp", "num_workers": 2}}, "method ll_cp keeps a table over all rows"),
+        ({"train": {"num_workers": 2, "min_workers": 1, "worker_cpus": 1}}, "would fill a node of 2 CPUs"),
         ({"train": {"batch_size": 5000}}, "train.batch_size 5000"),
         ({"model": {"backbone": "test_efficientnet_gm"}}, "is not a timm model"),
         ({"btc": {"heads": 7}}, "btc.heads 7"),
@@ -237,44 +188,3 @@ def test_a_validation_split_that_ranks_nothing_is_refused(phantom_data: str) -> 
     val = card.counts["val"].model_copy(update={"positives": dict.fromkeys(card.findings, 0)})
     with pytest.raises(UserError, match=r"larger prepare\.split\.val"):
         require_validation(card.model_copy(update={"counts": {**card.counts, "val": val}}))
-
-
-KILLED_RUN = """
-import json, sys
-from pipeline.config import RunConfig
-from pipeline.train import train
-data, out, config, resume = sys.argv[1:]
-train(RunConfig.model_validate_json(config), data, out, resume=resume == "resume")
-"""
-
-
-@pytest.mark.slow
-def test_ten_epochs_equal_five_and_a_killed_driver_and_five_more(phantom_data: str, tmp_path: Path) -> None:
-    config = tiny(train={"epochs": 10}).model_dump_json()
-
-    def start(out: str, resume: str = "") -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-c", KILLED_RUN, phantom_data, str(tmp_path / out), config, resume],
-            start_new_session=True,
-        )
-
-    whole = start("whole")
-    assert whole.wait(timeout=300) == 0
-    broken = start("broken")
-    metrics = tmp_path / "broken" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
-        assert time.monotonic() < deadline
-        assert broken.poll() is None
-        time.sleep(0.05)
-    os.killpg(broken.pid, signal.SIGKILL)  # the driver and its whole local cluster
-    broken.wait()
-    began = len(metrics.read_text().splitlines())
-    assert began < 10
-    assert start("broken", "resume").wait(timeout=300) == 0
-    left, right = (tmp_path / name / "best" for name in ("whole", "broken"))
-    assert_equal(checkpoint_state(left), checkpoint_state(right))
-    records = [MetricsLog(str(tmp_path / name)).read() for name in ("whole", "broken")]
-    timed = {"images_per_s", "data_wait_share", "seconds"}
-    plain = [json.dumps([{k: v for k, v in line.items() if k not in timed} for line in record]) for record in records]
-    assert plain[0] == plain[1]

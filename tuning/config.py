@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mpc.config import Config, NonNegative, Positive
-from pipeline.config import Count
+from mpc.config import Config, Count, NonNegative, Positive
 
 
 class SearchConfig(Config):

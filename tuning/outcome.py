@@ -5,17 +5,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
 from pyarrow import fs
 from ray import tune
 
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
-from pipeline.checkpoints import BEST, publish
+from pipeline.checkpoints import BEST, best_of, publish
 from pipeline.config import RunConfig
 from pipeline.record import METRICS_FILE, MetricsLog
-from pipeline.train import STORAGE_NAME
+from pipeline.worker import STORAGE_NAME
 from tuning.config import SearchConfig
 from tuning.space import Space
 
@@ -119,10 +118,11 @@ def _history(trial_id: str, config: SearchConfig, out: str) -> tuple[int, float 
 
 
 def _publish(result: tune.Result, best: Trial, run: RunConfig, config: SearchConfig, out: str) -> str:
-    """Copies the best checkpoint of the best trial to best/."""
+    """Copies the best checkpoint of the best trial to best/: with several workers the best by train.metric."""
     if run.train.num_workers > 1:  # its checkpoints lie with Ray Train, in the trial's own folder
-        filesystem, path = storage.resolve(storage.join(out, TRIALS, best.trial_id, STORAGE_NAME))
-        result = ray.train.Result.from_path(path, storage_filesystem=filesystem)
+        found = best_of(storage.join(out, TRIALS, best.trial_id, STORAGE_NAME))
+        assert found is not None, "a trial with a value has stored an epoch"
+        return publish(found[0], out)
     return publish(result.get_best_checkpoint(config.metric, config.mode), out)
 
 

@@ -53,6 +53,8 @@ def search(
     Raises:
         UserError: settings that do not fit the cluster or the data; nothing to resume; no trial that ended well.
     """
+    if run.train.min_workers is not None:
+        raise UserError("train.min_workers: trials keep their number of workers; unset it and set train.num_workers")
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
     require_validation(card)

@@ -12,12 +12,12 @@ from pipeline import storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.checkpoints import opened
 from pipeline.config import RunConfig
-from pipeline.loop import Loop, Metrics
+from pipeline.loop import Host, Loop, Metrics
 from pipeline.record import MetricsLog
 from tuning.space import apply
 
 
-class TuneHost:
+class TuneHost(Host):
     """A trial of Ray Tune as host of the loop.
 
     Args:
@@ -29,7 +29,7 @@ class TuneHost:
 
     def __init__(self, out: str, *, use_gpu: bool) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.metrics = MetricsLog(out)
+        self.out, self.metrics = out, MetricsLog(out)
 
     @contextmanager
     def last_checkpoint(self) -> Iterator[Path | None]:
@@ -44,6 +44,12 @@ class TuneHost:
 
     def log(self, line: Metrics) -> None:
         """Trials show their epochs only."""
+
+    def leave(self, name: str, content: bytes) -> str:
+        """A file in the trial's folder."""
+        place = storage.join(self.out, name)
+        storage.write_bytes(place, content)
+        return place
 
 
 class _Forward:

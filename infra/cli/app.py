@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import typer
 
-from infra.cli import admin, comparing, data, models, quickstart, training
+from infra.cli import admin, comparing, data, models, quickstart, submitting, training
 from infra.console import fault
-from mpc.errors import UserError
+from mpc.errors import StoppedError, UserError
 
-OK, FAULT, USER, INTERRUPTED = 0, 1, 2, 130
+OK, FAULT, USER, INTERRUPTED, STOPPED = 0, 1, 2, 130, 143
 RAISED = re.compile(r"^[A-Za-z_][\w.]*: .+$", re.MULTILINE)
 """The line of a traceback that says what was raised."""
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for room in (quickstart, data, training, comparing, models, admin):
+for room in (quickstart, data, training, comparing, models, submitting, admin):
     room.add_to(app)
 
 
@@ -37,12 +37,16 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """The exit code of one call: 0 done; 1 a fault that was found, or an unexpected failure; 2 a user error.
 
-    A user error is exactly one line on stderr; with -v its traceback goes before it.
+    130 stopped by Ctrl-C; 143 stopped by SIGTERM in good order. A user error is exactly one line on stderr; with -v its
+    traceback goes before it.
     """
     try:
         code = app(arguments, prog_name="mpc-cxr", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except StoppedError as error:
+        fault("stopped", str(error))
+        return STOPPED
     except Exception as error:
         return report(error, verbose="-v" in arguments)
     if code == INTERRUPTED:  # Typer makes it of a KeyboardInterrupt
@@ -79,7 +83,8 @@ def user_errors(error: BaseException, seen: frozenset[int] = frozenset()) -> Ite
     if id(error) in seen:
         return
     seen |= {id(error)}
-    wrapped = [getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values(), error.__cause__]
+    held = [getattr(error, name, None) for name in ("cause", "controller_failure")]
+    wrapped = [*held, *getattr(error, "worker_failures", {}).values(), error.__cause__]
     for inner in wrapped:
         if isinstance(inner, BaseException):
             yield from user_errors(inner, seen)

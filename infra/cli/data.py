@@ -12,7 +12,7 @@ from mpc.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.card import DatasetCard, SplitCounts
-    from pipeline.config import PolicyConfig
+    from pipeline.prepare_config import PolicyConfig
     from pipeline.shards import Survey
 
 Source = Annotated[

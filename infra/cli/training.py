@@ -63,7 +63,7 @@ def train(
         show_plan(settings, data, out)
         return
     from infra.listeners import EpochLines
-    from pipeline.train import Listener
+    from pipeline.follow import Listener
     from pipeline.train import train as fit
     from tuning.listeners import RunListener
     from tuning.tracking import Tracker
@@ -85,10 +85,11 @@ def show_plan(settings: Settings, data: str, out: str) -> None:
 
     card = read_card(data)
     images, run = len(card.rows("train")), settings.train
-    steps = images // run.batch_size
+    steps, least = images // run.batch_size, run.least_workers
+    workers = f"{run.num_workers}" if least == run.num_workers else f"{least} to {run.num_workers}"
     say(
         f"would train {settings.model.backbone} with {run.method} for {run.epochs} epochs of {steps:,} steps, "
-        f"{run.batch_size} images each over {run.num_workers} workers, on {images:,} images of {card.name} into {out}"
+        f"{run.batch_size} images each over {workers} workers, on {images:,} images of {card.name} into {out}"
     )
 
 

@@ -21,6 +21,7 @@ class Baseline(nn.Module):
     """A method that reads the weak view alone; `mpc.method.Method` with everything but its loss."""
 
     needs_strong = False
+    one_process = False
 
     @abstractmethod
     def terms(self, logits: Tensor, batch: Batch, progress: Progress) -> tuple[Terms, Pseudo | None]:
@@ -62,6 +63,8 @@ class Plain(Baseline):
 
 class Tabled(Baseline):
     """A method that remembers something for every training row, in the memory of one process."""
+
+    one_process = True
 
     def setup(self, num_rows: int, num_findings: int) -> None:
         """Refuses several workers, then makes the table.

@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from mpc.errors import UserError
 from pipeline import storage
-from pipeline.config import PrepareConfig
 from pipeline.manifest import STRATA, SourceTable, check_unique, keep_findings, source_schema
+from pipeline.prepare_config import PrepareConfig
 from pipeline.sources import chexpert, dicom_folder, mimic_cxr, nih, phantom, table, vindr
 from pipeline.sources.tables import quarantine
 

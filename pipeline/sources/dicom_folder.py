@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from mpc.errors import UserError
 from pipeline import headers, storage
-from pipeline.config import DicomConfig, TableConfig
 from pipeline.manifest import Column, SourceTable, source_table
+from pipeline.prepare_config import DicomConfig, TableConfig
 from pipeline.sources import labels, tables
 from pipeline.sources.labels import Labelled
 from pipeline.sources.tables import LeftOut

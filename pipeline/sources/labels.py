@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from mpc.errors import UserError
 from pipeline import storage
-from pipeline.config import TableConfig
 from pipeline.manifest import BLANK, NEGATIVE, POSITIVE
+from pipeline.prepare_config import TableConfig
 from pipeline.sources import tables
 from pipeline.sources.tables import CODES, Csv
 

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from mpc.errors import UserError
 from pipeline import storage
-from pipeline.config import TableConfig
 from pipeline.images import SUFFIXES
 from pipeline.manifest import Column, SourceTable, source_table
+from pipeline.prepare_config import TableConfig
 from pipeline.sources import labels, tables
 from pipeline.sources.tables import Csv
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from mpc.config import Config
-from pipeline.config import Count, PrepareConfig
+from mpc.config import Config, Count
+from pipeline.prepare_config import PrepareConfig
 
 Seed = Annotated[int, Field(ge=0)]
 Values = Annotated[tuple[Any, ...], Field(min_length=1)]

@@ -9,7 +9,8 @@ from ray.tune import Callback
 from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
-from pipeline.config import PrepareConfig, RunConfig
+from pipeline.config import RunConfig
+from pipeline.prepare_config import PrepareConfig
 from pipeline.record import claim
 from pipeline.scoring import require_validation
 from pipeline.shards import prepare

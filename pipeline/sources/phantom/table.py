@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpc.errors import UserError
-from pipeline.config import PhantomConfig
 from pipeline.manifest import SourceTable, source_table
+from pipeline.prepare_config import PhantomConfig
 from pipeline.sources.phantom.labels import FINDINGS, Profile, labels, patient, view
 from pipeline.sources.phantom.parameters import PHANTOM_VERSION, digest
 from pipeline.sources.phantom.picture import render, render_with_signs

@@ -1,0 +1,1 @@
+"""AWS through Ray's own cluster launcher."""

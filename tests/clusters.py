@@ -1,0 +1,141 @@
+"""A real Ray head of its own, with a token, for tests that reach it as a stranger would: over HTTP."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+from conftest import free_ports
+
+AGENT_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+    "ray-client-server-port",
+)
+BINARIES = str(Path(sys.executable).parent)
+
+
+class Head(NamedTuple):
+    """A running head."""
+
+    address: str
+    """Its dashboard and Jobs API."""
+    gcs: str
+    """HOST:PORT at which workers join."""
+    environment: dict[str, str]
+    """What a client needs: the address, the way to the token, binaries on the path; nothing of another cluster."""
+
+
+@contextmanager
+def ray_head(cpus: int = 1, *, token: str = "a-token-for-tests-only-0123456789") -> Iterator[Head]:
+    """Starts `ray start --head` with token authentication until the block ends.
+
+    `ray stop` would end every Ray of this machine, so the processes are ended one by one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="r"))  # short: sockets lie below it
+    (folder / "token").write_text(token)
+    gcs, dashboard, *agents = free_ports(7)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {
+        "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
+        "HOME": str(folder),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+    }
+    command = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={cpus}", f"--port={gcs}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += [f"--temp-dir={folder / 'ray'}", "--min-worker-port=0", "--max-worker-port=0"]  # any that is free
+    command += [f"--{name}={port}" for name, port in zip(AGENT_PORTS, agents, strict=True)]
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_for(f"{address}/api/gcs_healthz", process, folder / "log.txt")
+        client = {"RAY_ADDRESS": address}
+        yield Head(address, f"127.0.0.1:{gcs}", environment | client)
+    finally:
+        if process.poll() is None:
+            end(process.pid)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path, seconds: float = 120) -> None:
+    """Returns once `address` answers with 200; fails with the log after `seconds`, or when the process ends."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(address, timeout=2) as reply:
+                if reply.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.2)
+    pytest.fail(f"{address} did not answer: {log.read_text()[-2000:]}")
+
+
+def end(pid: int) -> None:
+    """Kills a process and all that it started, and returns once none of them runs."""
+    parent = psutil.Process(pid)
+    found = [*parent.children(recursive=True), parent]
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    deadline = time.monotonic() + 20
+    while any(map(_runs, found)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it still does anything: what nobody has waited for is a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Tunnel:
+    """A TCP tunnel to `port` of this machine that can break: what `ssh -L` or `kubectl port-forward` are."""
+
+    def __init__(self, port: int) -> None:
+        self.target, self.sockets = port, []
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self.server.getsockname()[1])
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Closes everything that goes through it, and its door."""
+        for end_ in [self.server, *self.sockets]:
+            with contextlib.suppress(OSError):
+                end_.shutdown(socket.SHUT_RDWR)
+            end_.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self.server.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self.sockets += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=_pump, args=pair, daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
