@@ -15,7 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +27,8 @@ from pipeline.decode import DecodeError, Reason
 
 BYTES = "application/octet-stream"
 """The only type that is taken: a form of another site cannot send it without asking first, and is then refused."""
+READ_ON = 8
+"""Times the limit: more than that is no mistake."""
 STATUS: dict[Reason, int] = {"empty": 400, "unsupported": 415, "too_large": 413}
 """All other reasons are 422: the file is understood and cannot be used."""
 
@@ -109,22 +111,24 @@ class _Headers:
 
 
 async def _body(request: Request, config: ServeConfig) -> bytes:
-    """The file in a request; refused as soon as it is known to be too long or too slow."""
+    """The file in a request; one that is too long is read on for a while, for closing early would lose the answer."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != BYTES:
         raise HTTPException(415, f"send the file's bytes as {BYTES}")
-    limit, data = int(config.max_mib * 2**20), bytearray()
-    too_long = HTTPException(413, f"larger than {config.max_mib:g} MiB (serve.max_mib)")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_long
+    limit, data, seen = int(config.max_mib * 2**20), bytearray(), 0
     try:
         with anyio.fail_after(config.timeout_s):
             async for chunk in request.stream():
-                data += chunk
-                if len(data) > limit:
-                    raise too_long
+                seen += len(chunk)
+                if seen <= limit:
+                    data += chunk
+                elif seen > READ_ON * limit:
+                    break
     except TimeoutError:
         raise HTTPException(408, f"the file did not arrive within {config.timeout_s:g} s (serve.timeout_s)") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the connection was closed before the file had arrived") from None
+    if seen > limit:
+        raise HTTPException(413, f"larger than {config.max_mib:g} MiB (serve.max_mib)")
     return bytes(data)
 
 
@@ -156,7 +160,7 @@ def listen(config: ServeConfig) -> socket.socket:
     try:
         return socket.create_server((config.host, config.port))
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = (error.strerror or str(error)).partition(" (while")[0]
         raise UserError(f"serve.host {config.host}, serve.port {config.port}: {reason}; set another port") from None
 
 
