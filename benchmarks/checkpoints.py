@@ -23,6 +23,7 @@ from pipeline.config import RunConfig
 from pipeline.follow import queue_beside_driver
 from pipeline.loop import Loop, Metrics
 from pipeline.prepare_config import PhantomConfig, PrepareConfig
+from pipeline.scoring import Choices
 from pipeline.shards import prepare
 from pipeline.wish import Wish
 from pipeline.worker import STORAGE_NAME, TrainHost
@@ -43,9 +44,9 @@ class Timed(Loop):
         self.began = self.began or time.perf_counter()
         super().train_step(batch)
 
-    def _report(self, metrics: Metrics, thresholds: dict[str, float]) -> None:
+    def _report(self, metrics: Metrics, choices: Choices) -> None:
         start = time.perf_counter()
-        super()._report(metrics, thresholds)
+        super()._report(metrics, choices)
         if self.step % self.plan.steps_per_epoch:
             self.stood.append(time.perf_counter() - start)
 

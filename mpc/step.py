@@ -137,7 +137,7 @@ class Mpc(nn.Module):
 
     def denominator(self, mask: Tensor) -> Tensor:
         """Selected entries, averaged over ranks so that the average of their losses is the global mean; or all."""
-        return mean_over_ranks(mask.sum()) if self.select else mask.new_tensor(float(mask.numel()))
+        return mean_over_ranks(mask.sum()) if self.select else mask.new_full((), float(mask.numel()))
 
     def batch_term(self, logits: Tensor, observed: Tensor, pseudo: Pseudo, count: Tensor) -> Tensor:
         """L_BTC of the encoded rows [V * B, K]: towards the pseudo-labels, the observed labels, or half each."""
@@ -176,9 +176,9 @@ def consistency(logits: Tensor, pseudo: Pseudo, count: Tensor) -> Tensor:
 def monitors(logits_weak: Tensor, batch: Batch, pseudo: Pseudo | None = None) -> dict[str, Tensor]:
     """Sums that say what the pseudo-labels do (docs/method.md, 3.2); true labels enter here alone."""
     with torch.no_grad():
-        counts = {
-            "images": logits_weak.new_tensor(float(len(logits_weak))),
-            "entries": logits_weak.new_tensor(float(logits_weak.numel())),
+        counts = {  # new_full, not new_tensor: a GPU would be waited for
+            "images": logits_weak.new_full((), float(len(logits_weak))),
+            "entries": logits_weak.new_full((), float(logits_weak.numel())),
             "sum_p": torch.sigmoid(logits_weak).sum(),
         }
         if pseudo is not None:

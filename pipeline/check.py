@@ -15,6 +15,7 @@ from mpc.errors import MissingError
 from pipeline import storage
 from pipeline.card import NEAR_FILE, QUARANTINE_FILE, SHARD_FOLDER, DatasetCard, Shard, count, digest, read_card
 from pipeline.manifest import UNLABELLED, leaked_patients, matrix
+from pipeline.plain_types import refuse_extension_types
 from pipeline.shard_file import METADATA_KEY, shard_schema
 
 CHUNK = 8 * 2**20
@@ -222,6 +223,7 @@ def _beside(data_uri: str, name: str, column: str) -> pa.Table | str:
     """A table beside the card, which has `column`; or its fault."""
     try:
         with storage.open_input(storage.join(data_uri, name)) as stream:
+            refuse_extension_types(pq.read_schema(stream), name)
             return pq.read_table(stream).select([column])
     except MissingError:
         return f"{name}: the file is missing"

@@ -48,7 +48,14 @@ class TrainConfig(Config):
     worker_cpus: Positive = 1.0
     """CPUs that each worker asks of Ray."""
     amp: Literal["off", "bf16", "fp16"] = "off"
-    """Autocast of the backbone; head and losses stay in float32."""
+    """Autocast of the backbone; head and losses stay in float32. With `fp16` the loss is scaled, so that small
+    gradients stay above zero."""
+    channels_last: bool = True
+    """Maps lie in memory with their channels innermost, as convolutions read them faster; results differ in rounding
+    alone."""
+    compile: bool = False
+    """Compile the backbone (torch.compile) in the first steps, which takes minutes and a C++ compiler; results differ
+    in rounding alone."""
     eval_batch_size: Count = 128
     log_every: Count = 50
     """Steps between two lines of the log."""
@@ -86,6 +93,16 @@ class RunConfig(MethodConfig):
 
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def compilable(self) -> "RunConfig":
+        """A compiled backbone is one piece: nothing can be put in before its last stage."""
+        if self.train.compile and self.model.perturb.place == "before_last_stage" and self.loss.lambda_fpc > 0:
+            raise ValueError(
+                "train.compile and model.perturb.place=before_last_stage exclude each other; "
+                "set train.compile=false or model.perturb.place=last"
+            )
+        return self
 
     @property
     def worker_cpus(self) -> float:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import zlib
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +15,8 @@ from pydicom.uid import UID
 from pipeline.dicom_codecs import stored_pixels
 from pipeline.geometry import MAX_PIXELS
 
+UNPACKED, UNPACKED_CHUNK = 6 * MAX_PIXELS, 2**20
+"""Bytes of a deflated data set: those of the largest image in colour of 16 bits; and how many are looked at at once."""
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601, as for PNG and JPEG
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 # pydicom quotes doubtful values, names among them, in warnings and logs; this module refuses or ignores them itself
@@ -31,6 +34,30 @@ class DicomError(ValueError):
         self.detail = detail
 
 
+class _Bounded(io.BytesIO):
+    """A file that pydicom reads to its end, which it does to inflate a deflated data set, only where that is safe."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As any file; DicomError where the rest would unpack to more than an image needs."""
+        content = super().read(size)
+        if size is None or size < 0:
+            refuse_bomb(content)
+        return content
+
+
+def refuse_bomb(deflated: bytes) -> None:
+    """Raises DicomError where a deflated data set is larger than any image: pydicom would unpack all of it."""
+    unpacker, length = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while deflated and not unpacker.eof:
+        try:
+            length += len(unpacker.decompress(deflated, UNPACKED_CHUNK))
+        except zlib.error:  # not deflated, or damaged: pydicom says so
+            return
+        deflated = unpacker.unconsumed_tail
+        if length > UNPACKED:
+            raise DicomError("too_large", f"a deflated data set of more than {UNPACKED} bytes")
+
+
 def read_dicom(data: bytes) -> tuple[NDArray[Any], float]:
     """Grey [H, W] and the value of white: uint8 and 255 where the file holds it so, else float32 in [0, 1] and 1.
 
@@ -42,7 +69,7 @@ def read_dicom(data: bytes) -> tuple[NDArray[Any], float]:
         DicomError: no pixels, several frames, an unknown photometric interpretation or transfer syntax, damage.
     """
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data))
+        dataset = pydicom.dcmread(_Bounded(data))
         photometric = _refuse(dataset)
         stored = stored_pixels(dataset)
         if photometric in COLOUR:

@@ -12,7 +12,10 @@ import pydicom
 
 from mpc.errors import MissingError, UserError
 from pipeline import storage
-from pipeline.dicom import DicomError  # importing it also keeps pydicom from quoting values in warnings and logs
+from pipeline.dicom import (  # importing it also keeps pydicom from quoting values in warnings and logs
+    DicomError,
+    refuse_bomb,
+)
 
 ALLOWED = frozenset(
     {"SOPInstanceUID", "StudyInstanceUID", "PatientID", "AccessionNumber", "Modality", "ViewPosition", "PatientSex"}
@@ -35,8 +38,8 @@ REMOTE_READS = 8
 def read_headers(uris: Sequence[str], keywords: Sequence[str], cpus: float) -> pa.Table:
     """Columns `uri`, one for each keyword, `reason` and `detail`, all text, in the order of `uris`.
 
-    `reason` is "" where the header could be read, else `unsupported`, `unreadable`, `missing` or `denied`; `detail`
-    quotes no value. What a header does not have is "".
+    `reason` is "" where the header could be read, else `unsupported`, `unreadable`, `too_large`, `missing` or `denied`;
+    `detail` quotes no value. What a header does not have is "".
 
     Args:
         uris: files, at least one.
@@ -91,6 +94,13 @@ class _Buffered(io.BufferedReader):
 
     name = ""
 
+    def read(self, size: int | None = -1) -> bytes:
+        """As any file; the rest, which pydicom asks for to inflate it, only where that is safe."""
+        content = super().read(size)
+        if size is None or size < 0:
+            refuse_bomb(content)
+        return content
+
 
 def read_header(stream: BinaryIO, keywords: Sequence[str]) -> dict[str, str]:
     """Keyword -> value as text, "" where the header has none; pixels are not read.
@@ -106,7 +116,7 @@ def read_header(stream: BinaryIO, keywords: Sequence[str]) -> dict[str, str]:
     try:
         dataset = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=list(keywords))
         return {name: _text(dataset.get(name)) for name in keywords}
-    except OSError:
+    except (OSError, DicomError):
         raise
     except Exception as error:  # a damaged file can fail anywhere in a parser of nested, typed elements
         raise DicomError("unreadable", f"damaged DICOM header ({type(error).__name__})") from None

@@ -2,6 +2,7 @@
 
 import fnmatch
 import io
+import posixpath
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 
 from mpc.errors import MissingError, UserError
 from pipeline import storage
+from pipeline.plain_types import refuse_extension_types
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".dcm", ".dicom"})
 TABLES = (".csv", ".parquet")
@@ -22,7 +24,7 @@ def find_images(images: str) -> list[str]:
 
     Of a folder: all files below it with a suffix of PNG, JPEG or DICOM, without a suffix, or with digits for one, as
     DICOM archives name them. Of a glob (`*`, `?`, `[...]`; on s3:// without `?`): what matches. Of a .csv or .parquet
-    table: its column `uri` or `path`, relative to the table's folder. Anything else is one file.
+    table: its column `uri` or `path`, relative to the table's folder and inside it. Anything else is one file.
 
     Raises:
         UserError: nothing there, no image among it, or a table without such a column.
@@ -68,7 +70,11 @@ def _listed(images: str) -> list[str]:
     """The URIs in a table, resolved against its folder."""
     content = storage.read_bytes(images)
     try:
-        table = pq.read_table(io.BytesIO(content)) if content[:4] == b"PAR1" else pcsv.read_csv(io.BytesIO(content))
+        if content[:4] == b"PAR1":
+            refuse_extension_types(pq.read_schema(io.BytesIO(content)), f"--images {images}")
+            table = pq.read_table(io.BytesIO(content))
+        else:
+            table = pcsv.read_csv(io.BytesIO(content))
     except pa.ArrowInvalid as error:
         raise UserError(f"--images {images}: not a readable table ({str(error).splitlines()[0][:120]})") from None
     column = next((name for name in COLUMNS if name in table.column_names), None)
@@ -78,6 +84,11 @@ def _listed(images: str) -> list[str]:
     if None in values or not all(isinstance(value, str) for value in values):
         row = next(i for i, value in enumerate(values) if not isinstance(value, str))
         raise UserError(f"--images {images}: row {row + 1} of column {column} is no text; remove or mend it")
+    for value in values:
+        if posixpath.normpath(value).startswith(".."):
+            raise UserError(f"--images {images}: {value!r} leaves the table's folder; write an absolute path or a URI")
+        if storage.is_remote(value) and "?" in value:
+            raise UserError(f"--images {images}: {value!r} names a server of its own; set AWS_ENDPOINT_URL instead")
     return [_against(images, value) for value in values]
 
 

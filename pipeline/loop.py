@@ -21,6 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mpc.build import build_method
 from mpc.method import Batch, Method, Progress, StepOutput
 from mpc.model import Classifier, Ema
+from mpc.transfer import Transfer
+from mpc.update import update
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.divergence import REPORT, DivergedError, Watch, as_json, describe
@@ -28,7 +30,16 @@ from pipeline.meter import Meter
 from pipeline.plan import make_plan
 from pipeline.saved import gathered, restore, save
 from pipeline.scoring import NO_CHOICES, Choices, Scored, score_rows, validation_metrics
-from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, to_device
+from pipeline.setup import (
+    Timed,
+    augmented,
+    compile_backbone,
+    make_model,
+    make_optimizer,
+    make_views,
+    placed,
+    relative_rate,
+)
 from pipeline.spans import TrainingData
 from pipeline.stream import batches
 
@@ -99,8 +110,10 @@ class Loop:
         self.run, self.data, self.card, self.host = run, data, card, host
         self.plan = make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size, window=run.data.window)
         self.total_steps = run.train.epochs * self.plan.steps_per_epoch
-        self.model = make_model(run, card).to(host.device)
+        self.model = placed(make_model(run, card), host.device, channels_last=run.train.channels_last)
         self.ema = Ema(self.model, run.optim.ema)
+        if run.train.compile:
+            compile_backbone(self.model)
         self.method = build_method(run.train.method, run, self.model, self.ema.module)
         self.method.setup(self.plan.num_rows, len(card.findings))
         if isinstance(self.method, nn.Module):
@@ -108,7 +121,7 @@ class Loop:
         self.views = make_views(run, card, host.device, strong=self.method.needs_strong)
         step_module = _Step(self.model, self.method)
         self.step_module = DistributedDataParallel(step_module) if host.world_size > 1 else step_module
-        self.optimizer = make_optimizer(run, self.method.param_groups(self.model, run.optim.lr))
+        self.optimizer = make_optimizer(run, self.method.param_groups(self.model, run.optim.lr), host.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
         self.scaler = torch.amp.GradScaler(host.device.type, enabled=run.train.amp == "fp16")
         self.meter, self.watch = Meter(host.device), Watch(host.device)
@@ -124,7 +137,7 @@ class Loop:
             metrics = restore(self, folder) if folder else {}
         self.host.begun(self.step, metrics)
         started, waited, logged = time.perf_counter(), 0.0, self.step
-        for batch in self._batches():
+        for batch in self.incoming():
             waited += batch.waited
             self.train_step(batch.batch)
             notice = self.host.notice(self.step)
@@ -143,7 +156,7 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _batches(self) -> Iterator[Timed]:
+    def incoming(self) -> Iterator[Timed]:
         """Batches from the running step on, on the device, each with the seconds that it was waited for."""
         run = self.run
         data = TrainingData(
@@ -158,11 +171,11 @@ class Loop:
             task_cpus=run.data.task_cpus,
             backend=run.data.backend,
         )
-        host = self.host
+        host, transfer = self.host, Transfer(self.host.device)
         stream = batches(data, self.plan, host.rank, host.world_size, self.step, self.total_steps)
         asked = time.perf_counter()
         for arrays in stream:
-            yield Timed(to_device(arrays, host.device), time.perf_counter() - asked)
+            yield Timed(transfer(arrays), time.perf_counter() - asked)
             asked = time.perf_counter()
 
     def train_step(self, batch: Batch) -> None:
@@ -174,15 +187,9 @@ class Loop:
         progress = Progress(self.step, self.plan.steps_per_epoch, self.run.train.epochs)
         loss, output = self.step_module(batch, progress)
         self.watch.add(loss, self.step)
-        if loss.device.type == "cpu" or self._due(self.run.train.log_every):  # on a GPU looking synchronises
-            self._refuse_nan()
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, self.run.optim.clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        if loss.device.type == "cpu":
+            self._refuse_nan()  # on a GPU looking synchronises, and steps that log look
+        update(loss, self.optimizer, self.scaler, self.run.optim.clip)
         self.schedule.step()
         self.step += 1
         self.ema.update(self.model, step=self.step)
@@ -209,6 +216,7 @@ class Loop:
 
     def end_epoch(self, seconds: float, waited: float, steps: int) -> Metrics:
         """Validation with the averaged weights, then a checkpoint with all metrics of the epoch."""
+        self._refuse_nan()
         self.method.on_epoch_end(self._score_training_rows)
         scored = self._score("val")
         chosen = validation_metrics(scored, self.card.findings, self.run.data) if scored else ({}, NO_CHOICES)
@@ -250,6 +258,7 @@ class Loop:
         return torch.from_numpy(scored.logits)
 
     def _show(self, started: float, waited: float, since: int) -> None:
+        self._refuse_nan()
         metrics = self.meter.metrics()  # every rank takes part in the reduction, rank 0 alone shows it
         seconds = time.perf_counter() - started
         rate = (self.step - since) / seconds

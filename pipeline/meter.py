@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mpc.distributed import world_size
 from mpc.method import StepOutput
@@ -26,24 +25,26 @@ class Meter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sums: dict[str, Tensor] = {}
+        self.names: list[str] = []
+        self.totals = torch.zeros(0, dtype=torch.float64, device=device)
+        self._zero, self._one = torch.tensor([0.0, 1.0], device=device).unbind()
 
     def add(self, output: StepOutput) -> None:
-        """Adds one step; nothing synchronises."""
-        for name, value in {"loss": output.loss.detach(), **{f"loss_{k}": v for k, v in output.terms.items()}}.items():
-            self._add(f"mean {name}", value)
-            self._add(f"steps {name}", torch.ones((), device=self.device))
-        for name, value in output.counts.items():
-            self._add(name, value)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value.double()
+        """Adds one step, as one vector: three operations however many names there are, and nothing synchronises."""
+        means = {"loss": output.loss.detach(), **{f"loss_{name}": value for name, value in output.terms.items()}}
+        values = {f"mean {name}": value for name, value in means.items()}
+        values |= {f"steps {name}": self._one for name in means}
+        values |= output.counts
+        fresh = [name for name in values if name not in self.names]
+        if fresh:  # a term that begins after the warm-up
+            self.names += fresh
+            self.totals = torch.cat([self.totals, self.totals.new_zeros(len(fresh))])
+        self.totals += torch.stack([values.get(name, self._zero) for name in self.names])
 
     def metrics(self) -> dict[str, float]:
         """Means and ratios over all steps and ranks; a ratio over nothing is left out. Every rank must call it."""
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[name].to(torch.float64) for name in names])
+        names = sorted(self.names)  # ranks may have met them in another order
+        values = self.totals[[self.names.index(name) for name in names]]
         if world_size() > 1:
             dist.all_reduce(values)
         total = dict(zip(names, values.tolist(), strict=True))
@@ -56,8 +57,9 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums so far."""
-        return {name: value.cpu() for name, value in self.sums.items()}
+        return dict(zip(self.names, self.totals.cpu().unbind(), strict=True))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
-        self.sums = {name: value.to(self.device) for name, value in state.items()}
+        self.names = list(state)
+        self.totals = self.totals.new_tensor([float(value) for value in state.values()])

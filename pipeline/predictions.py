@@ -17,8 +17,8 @@ from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.manifest import list_column, matrix
+from pipeline.plain_types import refuse_extension_types
 from pipeline.scoring import Scored
-from pipeline.stream import refuse_extension_types
 
 PREDICTIONS_FILE, GROUPS_FILE = "predictions.parquet", "groups.parquet"
 UNKNOWN = "unknown"

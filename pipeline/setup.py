@@ -1,22 +1,23 @@
 """What the training loop is put together from: network, optimiser, batches on the device."""
 
 import math
+import os
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
+from mpc import update
 from mpc.build import build_model
 from mpc.device_views import DeviceViews
+from mpc.errors import UserError
 from mpc.method import Batch
 from mpc.model import Classifier
 from mpc.weights import read_tensors
 from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
-from pipeline.spans import Arrays
 
 
 class Timed:
@@ -28,22 +29,34 @@ class Timed:
         self.batch, self.waited = batch, waited
 
 
-def to_device(arrays: Arrays, device: torch.device) -> Batch:
-    """NumPy arrays as tensors on the device; pinned and asynchronous where it is a GPU."""
-
-    def move(array: np.ndarray[Any, Any]) -> Tensor:
-        tensor = torch.from_numpy(np.array(array))  # a copy: Ray's arrays are read-only views of shared memory
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-    return Batch._make(None if array is None else move(array) for array in arrays)
-
-
 def make_model(run: RunConfig, card: DatasetCard) -> Classifier:
     """The network of a run, with its pretrained weights where `model.weights` names a file."""
     weights, tensors = run.model.weights, None
     if weights not in ("none", "imagenet"):
         tensors = read_tensors(storage.read_bytes(weights), weights)
     return build_model(run, len(card.findings), card.pixels, tensors=tensors, amp=run.train.amp)
+
+
+def placed(model: Classifier, device: torch.device, *, channels_last: bool) -> Classifier:
+    """The network on the device, its filters with channels innermost in memory if so configured; its maps follow."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def compile_backbone(model: Classifier) -> None:
+    """Has torch compile the backbone at its first call; names of the weights stay as they are.
+
+    The warm-up and what follows it differ in batch size, and are compiled once each.
+
+    Raises:
+        UserError: there is no compiler for what torch writes.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"train.compile needs a C++ compiler, {compiler} is not to be found; install it or set it false"
+        )
+    model.backbone.compile(dynamic=False)
 
 
 def make_views(run: RunConfig, card: DatasetCard, device: torch.device, *, strong: bool) -> DeviceViews | None:
@@ -60,12 +73,10 @@ def augmented(batch: Batch, views: DeviceViews, seed: int) -> Batch:
     return batch._replace(weak=weak, strong=strong)
 
 
-def make_optimizer(run: RunConfig, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum 0.9."""
+def make_optimizer(run: RunConfig, groups: Iterable[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser of a run."""
     optim = run.optim
-    if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9, nesterov=True, weight_decay=optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+    return update.make_optimizer(optim.name, groups, lr=optim.lr, weight_decay=optim.weight_decay, device=device)
 
 
 def relative_rate(step: int, *, warmup: int, total: int) -> float:

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.card import DatasetCard
+from pipeline.plain_types import refuse_extension_types
 from pipeline.spans import images_of
-from pipeline.stream import refuse_extension_types
 
 
 class Stored(NamedTuple):

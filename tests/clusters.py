@@ -1,6 +1,7 @@
 """A real Ray head of its own, with a token, for tests that reach it as a stranger would: over HTTP."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -11,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,6 @@ AGENT_PORTS = (
     "dashboard-agent-grpc-port",
     "runtime-env-agent-port",
     "metrics-export-port",
-    "ray-client-server-port",
 )
 BINARIES = str(Path(sys.executable).parent)
 
@@ -39,17 +39,31 @@ class Head(NamedTuple):
     """HOST:PORT at which workers join."""
     environment: dict[str, str]
     """What a client needs: the address, the way to the token, binaries on the path; nothing of another cluster."""
+    folder: Path
+    """Its token and its sessions."""
 
 
 @contextmanager
-def ray_head(cpus: int = 1, *, token: str = "a-token-for-tests-only-0123456789") -> Iterator[Head]:
-    """Starts `ray start --head` with token authentication until the block ends.
+def ray_head(
+    cpus: int = 1,
+    *,
+    host: str = "127.0.0.1",
+    token: str = "a-token-for-tests-only-0123456789",
+    options: Sequence[str] = (),
+) -> Iterator[Head]:
+    """Starts `ray start --head` with token authentication until the block ends; its dashboard is open to loopback only.
 
     `ray stop` would end every Ray of this machine, so the processes are ended one by one.
+
+    Args:
+        cpus: that it offers.
+        host: address at which nodes reach it.
+        token: of the cluster.
+        options: further ones of `ray start`.
     """
     folder = Path(tempfile.mkdtemp(prefix="r"))  # short: sockets lie below it
     (folder / "token").write_text(token)
-    gcs, dashboard, *agents = free_ports(7)
+    gcs, dashboard, drivers, *agents = free_ports(3 + len(AGENT_PORTS))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {
         "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
@@ -57,22 +71,28 @@ def ray_head(cpus: int = 1, *, token: str = "a-token-for-tests-only-0123456789")
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
     }
-    command = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={cpus}", f"--port={gcs}"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--temp-dir={folder / 'ray'}", "--min-worker-port=0", "--max-worker-port=0"]  # any that is free
-    command += [f"--{name}={port}" for name, port in zip(AGENT_PORTS, agents, strict=True)]
+    command = ["ray", "start", "--head", f"--port={gcs}", *options]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={drivers}"]
+    command += node_options(host, cpus, folder, agents)
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
     address = f"http://127.0.0.1:{dashboard}"
     try:
         wait_for(f"{address}/api/gcs_healthz", process, folder / "log.txt")
         client = {"RAY_ADDRESS": address}
-        yield Head(address, f"127.0.0.1:{gcs}", environment | client)
+        yield Head(address, f"{host}:{gcs}", environment | client, folder)
     finally:
         if process.poll() is None:
             end(process.pid)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def node_options(host: str, cpus: int, folder: Path, ports: Sequence[int]) -> list[str]:
+    """What `ray start` is told on every node: its address and CPUs, where its sessions lie, ports of its agents."""
+    own = ["--block", "--disable-usage-stats", f"--num-cpus={cpus}", f"--node-ip-address={host}"]
+    own += [f"--temp-dir={folder / 'ray'}", "--min-worker-port=0", "--max-worker-port=0"]  # any that is free
+    return own + [f"--{name}={port}" for name, port in zip(AGENT_PORTS, ports, strict=True)]
 
 
 def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path, seconds: float = 120) -> None:
@@ -86,6 +106,15 @@ def wait_for(address: str, process: "subprocess.Popen[bytes]", log: Path, second
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.2)
     pytest.fail(f"{address} did not answer: {log.read_text()[-2000:]}")
+
+
+def alive(head: Head) -> int:
+    """Nodes that the cluster counts on, as its state API tells somebody with the token."""
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    request = urllib.request.Request(f"{head.address}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        nodes = json.load(reply)["data"]["summary"]
+    return sum(node["raylet"]["state"] == "ALIVE" for node in nodes)
 
 
 def end(pid: int) -> None:
@@ -111,9 +140,9 @@ def _runs(process: psutil.Process) -> bool:
 class Tunnel:
     """A TCP tunnel to `port` of this machine that can break: what `ssh -L` or `kubectl port-forward` are."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
         self.target, self.sockets = port, []
-        self.server = socket.create_server(("127.0.0.1", 0))
+        self.server = socket.create_server((host, 0))
         self.port = int(self.server.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 

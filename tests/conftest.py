@@ -107,6 +107,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.kill()  # asked to terminate, it takes ten seconds
         process.wait()
+        for port in (S3_PORT, *OTHER_PORTS):
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # its own place, whatever TMPDIR says
+                left.unlink()
 
 
 def wait_for_s3(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -2,20 +2,14 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import free_port
 from factory import FINDINGS, tiny_checkpoint
 from mlflow.tracking import MlflowClient
+from servers import mlflow_running
 
 from pipeline.inference import load_model
 from tuning.gate import Decision, Gate
@@ -25,35 +19,6 @@ from tuning.registry import download, promote, register
 from tuning.tracking import Tracker
 
 pytestmark = pytest.mark.slow
-
-
-@contextmanager
-def serving(arguments: list[str], address: str, folder: Path, **environment: str) -> Iterator[None]:
-    """Runs `mlflow` with `arguments` until the block ends, once `address` answers."""
-    binaries = str(Path(sys.executable).parent)
-    path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, "PATH": path, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **environment}
-    with (folder / "log.txt").open("w") as log:
-        command = [f"{binaries}/mlflow", *arguments]
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=variables, cwd=folder, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 90
-        while not answers(address):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail((folder / "log.txt").read_text()[-2000:])
-            time.sleep(0.3)
-        yield
-    finally:
-        os.killpg(process.pid, 15)  # its own group: the server's workers too
-        process.wait(30)
-
-
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=2) as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def test_a_server_that_comes_back_holds_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +31,7 @@ def test_a_server_that_comes_back_holds_everything(tmp_path: Path, monkeypatch: 
     arguments = ["server", "--host", "127.0.0.1", "--port", uri.rpartition(":")[2], "--workers", "1"]
     arguments += ["--backend-store-uri", f"sqlite:///{tmp_path}/db", "--artifacts-destination", f"{tmp_path}/kept"]
     tiny_checkpoint(tmp_path / "best", thresholds={"Mass": 0.25})
-    with serving(arguments, f"{uri}/health", tmp_path):
+    with mlflow_running(arguments, f"{uri}/health", tmp_path):
         tracker.log_epoch(run, {"loss": 0.5}, 2)
         tracker.log_config(run, {"loss": {"sup": "an"}})
         tracker.end_run(run, Status.FINISHED)
@@ -92,7 +57,7 @@ def test_mlflow_serves_a_registered_model(tmp_path: Path, monkeypatch: pytest.Mo
     arguments += ["-p", address.rpartition(":")[2]]
     secure = {"MLFLOW_TRACKING_URI": store, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     image = input_example()["image"][0]
-    with serving(arguments, f"{address}/health", tmp_path, **secure):
+    with mlflow_running(arguments, f"{address}/health", tmp_path, **secure):
         body = {"dataframe_records": [{"image": image}, {"image": base64.b64encode(b"x").decode()}]}
         request = urllib.request.Request(
             f"{address}/invocations", json.dumps(body).encode(), {"Content-Type": "application/json"}

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import yaml
-from clusters import Head, Tunnel, ray_head
+from clusters import Head, Tunnel, alive, ray_head
 
 from infra.cluster import ClusterConfig
 from infra.settings import load, run_config
@@ -277,6 +278,42 @@ def test_nothing_runs_without_the_token(head: Head, tmp_path: Path) -> None:
         assert done.returncode == 2, done.stdout
         assert len(done.stderr.splitlines()) == 1, done.stderr
         assert message in done.stderr
+
+
+def test_strangers_get_nothing_over_http(head: Head) -> None:
+    wrong = {"Authorization": "Bearer another-token-0123456789"}
+    for headers, status in (({}, 401), (wrong, 403)):
+        for method, path in (
+            ("POST", "/api/jobs/"),
+            ("GET", "/api/jobs/"),
+            ("GET", "/api/jobs/x/logs"),
+            ("DELETE", "/api/jobs/x"),
+            ("PUT", "/api/packages/gcs/_ray_pkg_0123456789abcdef.zip"),
+            ("GET", "/nodes?view=summary"),
+            ("GET", "/api/v0/logs/file?filename=gcs_server.out"),
+        ):
+            said = requests.request(
+                method, f"{head.address}{path}", headers=headers, json={"entrypoint": "id"}, timeout=30
+            )
+            assert said.status_code == status, (method, path)
+            assert "id" not in said.headers.get("submission_id", "")
+
+
+def test_strangers_join_no_cluster(head: Head, tmp_path: Path) -> None:
+    driver = [sys.executable, "-c", "import sys, ray; ray.init(address=sys.argv[1], logging_level=50)", head.gcs]
+    node = ["ray", "start", f"--address={head.gcs}", "--num-cpus=1", "--block"]
+    other = head.environment | {"RAY_ADDRESS": "", "HOME": str(tmp_path)}
+    without = other | {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN_PATH": ""}
+    strangers = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in (driver, node)
+        for environment in (without, other | {"RAY_AUTH_TOKEN": "another-token-0123456789"})
+    ]
+    for stranger in strangers:
+        said, _ = stranger.communicate(timeout=240)
+        assert stranger.returncode != 0
+        assert "auth" in said.lower(), said
+    assert alive(head) == 1
 
 
 def test_what_is_not_there(head: Head) -> None:
