@@ -4,9 +4,8 @@ A function of a row trains until its stopwatch, which it calls after every step,
 """
 
 import itertools
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -46,48 +45,56 @@ class Case(NamedTuple):
     amp: str
     stretch: int
     """Steps between two looks at the clock; on a GPU a look waits for it."""
-    stretches: int
     data: str = ""
     """A prepared data set to train on; empty for one held batch."""
 
 
+class Stretch(NamedTuple):
+    """Some steps one after the other."""
+
+    ms: float
+    """Of one of them."""
+    waited: float
+    """Share of the time that went by waiting for batches."""
+
+
 class Stopwatch:
-    """Times stretches of steps after the first ones, which allocate and compile.
+    """Times stretches of steps after the first steps, which allocate and compile.
+
+    A held batch on a CPU is never waited for: there CPU time is counted, which other processes disturb less.
 
     Args:
-        case: how many, on which device.
+        case: how many steps, on which device.
+        ask: gets a stretch that is over, None at the beginning; says, at once or when there is time, whether to go on.
+        together: other processes of the benchmark run at the same time, and are waited for.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.step = case, 0
-        self.marks: list[float] = []
-        self.waited = 0.0
+    def __init__(self, case: Case, ask: Callable[[Stretch | None], bool], *, together: bool = False) -> None:
+        self.case, self.ask, self.step = case, ask, 0
+        self.clock = time.perf_counter if case.data or case.device == "cuda" or together else time.process_time
+        self.begun, self.waited = 0.0, 0.0
 
     def __call__(self) -> bool:
         """Takes note of a step that was done; whether to go on."""
         self.step += 1
-        if self.step >= WARM_STEPS and (self.step - WARM_STEPS) % self.case.stretch == 0:
-            if self.case.device == "cuda":
-                torch.cuda.synchronize()
-            self.marks.append(time.perf_counter())
-        return len(self.marks) <= self.case.stretches
+        timed = self.step - WARM_STEPS
+        if timed < 0 or timed % self.case.stretch:
+            return True
+        if self.case.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = self.clock() - self.begun
+        over = Stretch(1e3 * seconds / self.case.stretch, self.waited / seconds) if timed else None
+        more = self.ask(over)
+        self.begun, self.waited = self.clock(), 0.0
+        return more
 
     def timed(self, source: Iterator[Any]) -> Iterator[Any]:
-        """Batches of a source; counts how long the steps between the first mark and the last wait for them."""
+        """Batches of a source; counts how long they are waited for."""
         while True:
-            start = time.perf_counter()
+            start = self.clock()
             found = next(source)
-            self.waited += time.perf_counter() - start if self.marks else 0.0
+            self.waited += self.clock() - start
             yield found
-
-    def ms(self) -> float:
-        """Median of a step."""
-        seconds = [end - start for start, end in itertools.pairwise(self.marks)]
-        return 1e3 * statistics.median(seconds) / self.case.stretch
-
-    def wait_share(self) -> float:
-        """Share of the time between the first mark and the last that went by waiting for batches."""
-        return self.waited / (self.marks[-1] - self.marks[0])
 
 
 class TimedHost(Host):
@@ -113,6 +120,10 @@ class TimedHost(Host):
 
     def log(self, line: Metrics) -> None:
         """Shows nothing."""
+
+    def leave(self, name: str, content: bytes) -> str:
+        """Leaves nothing."""
+        return name
 
     def notice(self, step: int) -> Notice:
         """Ends the loop when the stopwatch has enough."""

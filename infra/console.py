@@ -56,13 +56,13 @@ class Display(Protocol):
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Display]:
-    """A bar with count and time left on a terminal; elsewhere a plain line every ten seconds and one at the end."""
+def progress(title: str, seconds: float = LINE_SECONDS) -> Iterator[Display]:
+    """A bar with count and time left on a terminal; elsewhere plain lines, `seconds` apart, and one at the end."""
     if sys.stdout.isatty():
         with BarDisplay(title) as bar:
             yield bar
     else:
-        yield PlainDisplay(title)
+        yield PlainDisplay(title, seconds)
 
 
 class BarDisplay:
@@ -97,17 +97,17 @@ class BarDisplay:
 
 
 class PlainDisplay:
-    """Progress as lines for logs and pipes: the first call, then one every ten seconds, and the last one."""
+    """Progress as lines for logs and pipes: the first call, then one every so many seconds, and the last one."""
 
-    def __init__(self, title: str) -> None:
-        self.title, self.shown = title, float("-inf")
+    def __init__(self, title: str, seconds: float = LINE_SECONDS) -> None:
+        self.title, self.seconds, self.shown = title, seconds, float("-inf")
         self.first: tuple[float, int] | None = None
 
     def __call__(self, done: int, total: int, text: str) -> None:
-        """Prints a line unless one was printed within the last ten seconds; the last step always prints."""
+        """Prints a line unless one was printed a moment ago; the last step always prints."""
         now = time.monotonic()
         self.first = self.first or (now, done)  # what came before is start-up, or was done by an earlier run
-        if now - self.shown < LINE_SECONDS and (not total or done < total):
+        if now - self.shown < self.seconds and (not total or done < total):
             return
         self.shown = now
         share = f" ({100 * done // total} %{self._left(done, total, now)})" if total else ""

@@ -7,8 +7,6 @@ from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from tuning.config import SearchConfig
 
-LOSSES = {"loss": "loss", "loss_ipc": "ipc", "loss_fpc": "fpc", "loss_btc": "btc"}
-
 
 class EpochLines:
     """Moves a display with the steps of a run and leaves one line an epoch behind."""
@@ -23,14 +21,14 @@ class EpochLines:
         self.display(0, self.steps, "starting")
 
     def on_log(self, line: dict[str, Any]) -> None:
-        """Losses and pace inside an epoch."""
-        self.display(int(line["step"]), self.steps, f"{_losses(line)}, {line['images_per_s']:.0f} images/s")
+        """Losses, pace and waiting inside an epoch."""
+        self.display(int(line["step"]), self.steps, f"{_losses(line)}, {_pace(line)}")
 
     def on_epoch(self, metrics: dict[str, Any]) -> None:
         """One line: losses and validation scores."""
         scores = f"macro AUROC {_score(metrics, 'val_macro_auroc')}, AP {_score(metrics, 'val_macro_ap')}"
         self.display.line(f"epoch {metrics['epoch']:g}/{self.epochs}: {_losses(metrics)}, validation {scores}")
-        self.display(int(metrics["step"]), self.steps, f"{metrics['images_per_s']:.0f} images/s")
+        self.display(int(metrics["step"]), self.steps, _pace(metrics))
 
     def on_end(self, status: str, best_checkpoint: str | None) -> None:
         """The verb itself says how a run ended."""
@@ -83,8 +81,14 @@ class TrialLines:
 
 
 def _losses(line: dict[str, Any]) -> str:
-    """The terms of the loss that this run has."""
-    return ", ".join(f"{short} {line[name]:.4f}" for name, short in LOSSES.items() if line.get(name) is not None)
+    """The loss, and the terms that the run's method has."""
+    terms = [(name.removeprefix("loss_"), value) for name, value in line.items() if name.startswith("loss")]
+    return ", ".join(f"{short} {value:.4f}" for short, value in terms if value is not None)
+
+
+def _pace(line: dict[str, Any]) -> str:
+    """Images a second over all workers, and the share of the time that went by waiting for data."""
+    return f"{line['images_per_s']:.0f} images/s, {line['data_wait_share']:.1%} waiting for data"
 
 
 def _score(metrics: dict[str, Any], name: str) -> str:

@@ -11,6 +11,7 @@ from infra.listeners import TrialLines
 from infra.settings import Settings, run_config
 from pipeline import runtime, storage
 from pipeline.card import read_card
+from pipeline.reference import attach
 from tuning import search as searches
 from tuning.domains import Space
 from tuning.follow import STATE, TRIALS
@@ -68,6 +69,7 @@ def search(
             listeners=[TrialLines(display, settings.search, run.train.epochs)],
             callbacks=[MlflowCallback(tracker, parent, storage.join(out, TRIALS), tags=tags)],
         )
+        attach(result.best_checkpoint, data, settings.reference)
         status = Status.FINISHED
     finally:
         close_run(tracker, out, parent, status)

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 
 from infra.cluster import ClusterConfig
+from infra.serve.config import ServeConfig
 from mpc.errors import MissingError, UserError
-from pipeline.config import EvaluateConfig, ExplainConfig, RunConfig
+from pipeline.config import EvaluateConfig, ExplainConfig, PredictConfig, ReferenceConfig, RunConfig
 from pipeline.dotted import check_path, flat, merge, nested, validate
 from pipeline.prepare_config import PrepareConfig
 from tuning.config import SearchConfig, TrackingConfig
@@ -21,6 +22,9 @@ class Settings(RunConfig):
     prepare: PrepareConfig = PrepareConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     explain: ExplainConfig = ExplainConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    predict: PredictConfig = PredictConfig()
+    serve: ServeConfig = ServeConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()

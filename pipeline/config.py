@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mpc.config import Config, Count, MethodConfig, Name, Positive
+from mpc.config import Config, Count, MethodConfig, Name, Positive, Probability
 from pipeline.schedule import Change, check_schedule, settings_at
 
 
@@ -188,3 +188,22 @@ class ExplainConfig(Config):
     """Findings an image at most, highest above their threshold first; not used with `findings`."""
     limit: Count = 100
     """Images at most, evenly spread over all."""
+
+
+class ReferenceConfig(Config):
+    """What a checkpoint remembers of its training images, so that prediction can tell images unlike them."""
+
+    images: Annotated[int, Field(ge=0)] = 2000
+    """Training images that are described, and validation images that set the limit, at most; 0 for none at all."""
+    false_alarms: Probability = 0.02
+    """Share of images like those of validation that are flagged all the same."""
+
+
+class PredictConfig(Config):
+    """How findings of new images are written."""
+
+    calibration: Literal["platt", "temperature", "none"] = "platt"
+    """What makes probabilities of logits, as validation fitted it: slope and shift, a temperature alone, or neither.
+    Thresholds move along, so that what is called stays the same."""
+    batch_size: Count = 64
+    """Images of one task."""

@@ -87,6 +87,17 @@ class Follower:
         for listener in self.listeners:
             listener.on_log(line)
 
+    def _on_pace(self, line: Metrics) -> None:
+        """One rank's own share of a line, for who looks at the logs (`-v`)."""
+        pace, waited = line["images_per_s"], line["data_wait_share"]
+        log.info(
+            "worker %d: step %d, %.1f images/s of all, %.1f %% of its time waiting for data",
+            line["rank"],
+            line["step"],
+            pace,
+            100 * waited,
+        )
+
     def _on_epoch(self, metrics: Metrics) -> None:
         for listener in self.listeners:
             listener.on_epoch(metrics)

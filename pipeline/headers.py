@@ -24,6 +24,11 @@ ALLOWED = frozenset(
 """Everything that may ever be read from a header; a caller asks for those that it needs."""
 CHUNK = 256
 """Files of one task."""
+RADIOGRAPHS = ("CR", "DX", "RG", "OT")
+"""Modalities (PS3.3 C.7.3.1.1.1) that a chest radiograph may have; OT is what converters write."""
+LATERALS = ("LL", "RL", "LLD", "RLD", "LATERAL", "LAT")
+"""View positions of the side, decubitus ones too; the last two are no defined terms, but are in use."""
+OTHER_MODALITY, LATERAL = "other_modality", "lateral"
 BUFFER = 2**16
 """Bytes of one read: most headers are shorter, and on object storage each read is a request."""
 REMOTE_READS = 8
@@ -122,3 +127,13 @@ def _text(value: Any) -> str:
     several = isinstance(value, list | tuple | pydicom.multival.MultiValue)
     text = "\\".join(map(str, value)) if several else str(value if value is not None else "")
     return text.strip(" \0")
+
+
+def kind_flags(data: bytes) -> tuple[str, ...]:
+    """What a DICOM header says against a frontal radiograph, in fixed words; nothing of other files."""
+    if data[128:132] != b"DICM":
+        return ()
+    header = read_header(io.BytesIO(data), ("Modality", "ViewPosition"))
+    modality, view = header["Modality"].upper(), header["ViewPosition"].upper()
+    other = bool(modality) and modality not in RADIOGRAPHS
+    return (*((OTHER_MODALITY,) if other else ()), *((LATERAL,) if view in LATERALS else ()))

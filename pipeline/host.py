@@ -29,7 +29,7 @@ class Host(Protocol):
         ...
 
     def log(self, line: Metrics) -> None:
-        """Shows a line of progress inside an epoch (rank 0)."""
+        """Shows a line of progress inside an epoch; every rank has its own pace and waiting, losses are of all."""
         ...
 
     def begun(self, step: int, metrics: Metrics) -> None:

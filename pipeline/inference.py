@@ -15,6 +15,8 @@ from mpc.checkpoint import INFO, load_into, read_info
 from mpc.config import CheckpointInfo
 from mpc.errors import UserError
 from mpc.model import Classifier
+from mpc.reference import FILE as REFERENCE
+from mpc.reference import Reference
 from pipeline.config import RunConfig
 
 DEFAULT_THRESHOLD = 0.5
@@ -29,13 +31,20 @@ class LoadedModel(NamedTuple):
     model: Classifier
     info: CheckpointInfo
     device: torch.device
+    reference: Reference | None = None
+    """What the training images were like, where the checkpoint says so."""
 
     @torch.inference_mode()
-    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits [N, K] of images [N, size, size]; no image's result depends on the others."""
+    def outputs(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Logits [N, K] and features [N, C] of images [N, size, size]; no image's result depends on the others."""
         batch = torch.from_numpy(np.array(images)).unsqueeze(1).to(self.device)
-        values: NDArray[np.float32] = self.model(batch).float().cpu().numpy()
-        return values
+        features = self.model.features(batch)
+        logits: NDArray[np.float32] = self.model.head(features).float().cpu().numpy()
+        return logits, features.cpu().numpy()
+
+    def logits(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits [N, K] of images [N, size, size]."""
+        return self.outputs(images)[0]
 
     def probabilities(self, images: NDArray[np.uint8]) -> NDArray[np.float64]:
         """Probabilities [N, K] in (0, 1) of images [N, size, size]."""
@@ -61,7 +70,9 @@ def load_model(checkpoint: Path, device: str = "cpu") -> LoadedModel:
     target = torch.device(device)
     if target.type == "cuda":  # else convolutions run in TF32, and results depend on the batch size beyond 1e-5
         torch.backends.cudnn.allow_tf32 = False
-    return LoadedModel(model.to(target).eval(), info, target)
+    path = checkpoint / REFERENCE
+    reference = Reference.from_bytes(path.read_bytes(), str(path)) if path.is_file() else None
+    return LoadedModel(model.to(target).eval(), info, target, reference)
 
 
 def thresholds(info: CheckpointInfo) -> tuple[NDArray[np.float64], tuple[bool, ...]]:
@@ -76,11 +87,13 @@ class Packed(NamedTuple):
 
     info: bytes
     weights: bytes
+    reference: bytes
+    """Empty where the checkpoint has none."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of both."""
-        return hashlib.sha256(self.info + self.weights).hexdigest()
+        """SHA-256 of all."""
+        return hashlib.sha256(self.info + self.weights + self.reference).hexdigest()
 
 
 def version_of(checkpoint: Path, info: CheckpointInfo, packed: Packed) -> str:
@@ -92,7 +105,7 @@ def version_of(checkpoint: Path, info: CheckpointInfo, packed: Packed) -> str:
 
 
 def pack(checkpoint: Path) -> Packed:
-    """Metadata and averaged weights of a checkpoint as bytes.
+    """Metadata, averaged weights and reference of a checkpoint as bytes.
 
     Raises:
         UserError: no checkpoint there.
@@ -101,7 +114,9 @@ def pack(checkpoint: Path) -> Packed:
     weights = next((path for kind in ("ema", "model") if (path := checkpoint / f"{kind}.safetensors").is_file()), None)
     if weights is None:
         raise UserError(f"{checkpoint}: no ema.safetensors nor model.safetensors; give a whole checkpoint")
-    return Packed((checkpoint / INFO).read_bytes(), weights.read_bytes())
+    reference = checkpoint / REFERENCE
+    held = reference.read_bytes() if reference.is_file() else b""
+    return Packed((checkpoint / INFO).read_bytes(), weights.read_bytes(), held)
 
 
 def unpack(packed: Packed, device: str) -> LoadedModel:
@@ -109,4 +124,6 @@ def unpack(packed: Packed, device: str) -> LoadedModel:
     with TemporaryDirectory(prefix="mpc-cxr-") as folder:
         (Path(folder) / INFO).write_bytes(packed.info)
         (Path(folder) / "model.safetensors").write_bytes(packed.weights)
+        if packed.reference:
+            (Path(folder) / REFERENCE).write_bytes(packed.reference)
         return load_model(Path(folder), device)

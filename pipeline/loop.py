@@ -240,7 +240,7 @@ class Loop:
 
     def _show(self, started: float, waited: float, since: int) -> None:
         self._refuse_nan()
-        metrics = self.meter.metrics()  # every rank takes part in the reduction, rank 0 alone shows it
+        metrics = self.meter.metrics()  # every rank takes part in the reduction
         seconds = time.perf_counter() - started
         rate = (self.step - since) / seconds
         line = {
@@ -251,8 +251,7 @@ class Loop:
             "data_wait_share": waited / seconds,
             "eta_s": (self.total_steps - self.step) / rate,
         }
-        if self.host.rank == 0:
-            self.host.log(line)
+        self.host.log(line)
 
     def _report(self, metrics: Metrics, choices: Choices) -> None:
         self._refuse_nan()  # no checkpoint holds weights of a run that has diverged

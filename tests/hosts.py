@@ -15,9 +15,12 @@ from clusters import end
 NETWORK = "10.231.77"
 INSIDE = """
 read ready && hostname "$1" && mount -t tmpfs none "$3" && ip link set lo up && ip address add "$2/24" dev eth0 &&
-ip link set eth0 up && ip route add default via "$4" && shift 4 && exec "$@"
+ip link set eth0 up && shift 3 && exec "$@"
 """
-"""What a host does first: its network arrives once it lives, and it says `ready` on standard input when it has."""
+"""What a host does first, once its network has arrived and `ready` is said on its standard input.
+
+It has no route to anywhere else, so that a question to a name server fails at once.
+"""
 
 
 class Host:
@@ -77,7 +80,7 @@ class Machines:
         address, name = self.next_address(), f"host-{len(self.hosts) + 2}"
         if self.bridge:
             own = ["unshare", "--net", "--uts", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-            command = [*own, "sh", "-c", INSIDE, "sh", name, address, str(disk), self.address, *command]
+            command = [*own, "sh", "-c", INSIDE, "sh", name, address, str(disk), *command]
         with log.open("w") as out:
             process = subprocess.Popen(
                 command, env=dict(environment), stdin=subprocess.PIPE, stdout=out, stderr=out, text=True

@@ -5,13 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from factory import tiny_checkpoint
+from factory import bare_card, tiny_checkpoint
 from mlflow.tracking import MlflowClient
 
 from mpc.errors import MissingError
-from pipeline.card import DatasetCard
 from pipeline.config import RunConfig, TrainConfig
-from pipeline.prepare_config import PolicyConfig, SplitConfig
 from pipeline.record import MetricsLog
 from tuning.listeners import MlflowCallback, RunListener, close_run, open_run, read_record
 from tuning.record import Status
@@ -19,23 +17,7 @@ from tuning.store import default_uri
 from tuning.sync import sync
 from tuning.tracking import KEY_TAG, Tracker
 
-CARD = DatasetCard(
-    name="phantom",
-    synthetic=True,
-    findings=("Mass",),
-    image_size=32,
-    fit="pad",
-    policy=PolicyConfig(),
-    split=SplitConfig(),
-    counts={},
-    raw_labels={},
-    quarantined={},
-    sources={},
-    versions={},
-    plan="",
-    shards=(),
-    digest="ab" * 32,
-)
+CARD = bare_card()
 
 
 @pytest.fixture

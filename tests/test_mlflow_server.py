@@ -65,6 +65,6 @@ def test_mlflow_serves_a_registered_model(tmp_path: Path, monkeypatch: pytest.Mo
         with urllib.request.urlopen(request, timeout=30) as reply:
             good, bad = json.loads(reply.read(), parse_constant=pytest.fail)["predictions"]
     assert all(0 < good[name] < 1 for name in FINDINGS)
-    assert good["flags"] == "default_threshold"
+    assert good["flags"] == "input_unchecked;default_threshold;uncalibrated"
     assert bad["error"].startswith("unsupported")
     assert bad[FINDINGS[0]] is None

@@ -12,9 +12,12 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
 from factory import FINDINGS, SIZE, tiny_checkpoint
+from scipy.special import expit, logit
 
 from mpc.checkpoint import read_info
+from mpc.config import CalibrationInfo
 from mpc.errors import MissingError, UserError
+from pipeline.config import PredictConfig
 from pipeline.images import find_images
 from pipeline.inference import load_model
 from pipeline.pixels import load
@@ -52,8 +55,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_image_and_finding_is_a_row_in_order(checkpoint: Path, images: Path, tmp_path: Path) -> None:
     calls: list[tuple[int, int, str]] = []
-    summary = predict(checkpoint, str(images), str(tmp_path), batch_size=2, progress=lambda *call: calls.append(call))
-    assert summary == (7, 2, str(tmp_path / "findings.parquet"))
+    summary = predict(
+        checkpoint,
+        str(images),
+        str(tmp_path),
+        config=PredictConfig(batch_size=2),
+        progress=lambda *call: calls.append(call),
+    )
+    assert summary == (7, 2, str(tmp_path / "findings.parquet"), None)
     assert calls[-1] == (7, 7, "2 unreadable")
     table = pq.read_table(summary.out)
     assert table.column_names == COLUMNS
@@ -69,7 +78,7 @@ def test_every_image_and_finding_is_a_row_in_order(checkpoint: Path, images: Pat
 
 
 def test_probabilities_are_those_of_the_network(checkpoint: Path, images: Path, tmp_path: Path) -> None:
-    predict(checkpoint, str(images / "?.png"), str(tmp_path / "a.parquet"), batch_size=64, model_version="cxr/3")
+    predict(checkpoint, str(images / "?.png"), str(tmp_path / "a.parquet"), model_version="cxr/3")
     rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
     expected = load_model(checkpoint).probabilities(
         np.stack([load(str(images / f"{index}.png"), SIZE, "pad") for index in range(3)])
@@ -78,7 +87,8 @@ def test_probabilities_are_those_of_the_network(checkpoint: Path, images: Path, 
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert [row["finding"] for row in rows[:3]] == list(FINDINGS)
     assert [row["threshold"] for row in rows[:3]] == [0.5, 0.25, 0.5]
-    assert [row["flags"] for row in rows[:3]] == ["default_threshold", None, "default_threshold"]
+    both, one = "input_unchecked;default_threshold;uncalibrated", "input_unchecked;uncalibrated"
+    assert [row["flags"] for row in rows[:3]] == [both, one, both], "what nothing is known of is said"
     assert all(row["positive"] == (row["probability"] >= row["threshold"]) for row in rows)
     assert {row["model_version"] for row in rows} == {"cxr/3"}
 
@@ -119,7 +129,7 @@ def test_a_bucket_is_read_and_written(checkpoint: Path, images: Path, bucket: st
     for path in sorted(images.rglob("*.png")):
         write_bytes(f"{bucket}/in/{path.relative_to(images)}", path.read_bytes())
     summary = predict(checkpoint, f"{bucket}/in", f"{bucket}/out")
-    assert summary == (6, 1, f"{bucket}/out/findings.parquet")
+    assert summary == (6, 1, f"{bucket}/out/findings.parquet", None)
     sources = pq.read_table(io.BytesIO(read_bytes(summary.out)))["source"].to_pylist()
     assert sources[0] == f"{bucket}/in/0.png"
     assert find_images(f"{bucket}/in/b/*.png") == [f"{bucket}/in/b/{index}.png" for index in (3, 4)]
@@ -150,3 +160,26 @@ def test_tables_that_name_no_images(tmp_path: Path, columns: dict[str, list[str 
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=message):
         find_images(str(tmp_path / "t.parquet"))
+
+
+def test_probabilities_are_calibrated_and_what_is_called_stays(images: Path, tmp_path: Path) -> None:
+    fits = {
+        "Effusion": CalibrationInfo(temperature=2.0, slope=0.5, shift=-2.0),
+        "Mass": CalibrationInfo(temperature=0.5, slope=3.0, shift=1.0),
+    }
+    best = tmp_path / "best"
+    tiny_checkpoint(best, thresholds={"Effusion": 0.49, "Mass": 0.51}, calibration=fits)
+    found = {}
+    for way in ("none", "temperature", "platt"):
+        out = tmp_path / f"{way}.parquet"
+        predict(best, str(images / "?.png"), str(out), config=PredictConfig(calibration=way))
+        found[way] = pq.read_table(out).to_pylist()
+    assert len({tuple(row["positive"] for row in rows) for rows in found.values()}) == 1
+    for raw, cooled, level in zip(*found.values(), strict=True):
+        fit = fits.get(raw["finding"])
+        for key in ("probability", "threshold"):
+            s = logit(raw[key])
+            assert cooled[key] == pytest.approx(expit(s / fit.temperature) if fit else raw[key], abs=1e-9)
+            assert level[key] == pytest.approx(expit(s * fit.slope + fit.shift) if fit else raw[key], abs=1e-9)
+        assert ("uncalibrated" in level["flags"]) == (fit is None)
+        assert "uncalibrated" not in raw["flags"]

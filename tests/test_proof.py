@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from clusters import AGENT_PORTS, Head, Tunnel, alive, node_options, ray_head
 from conftest import S3_PORT, SECRET_KEY, free_port, free_ports, s3_client
 from hosts import Host, Machines, machines
@@ -26,19 +27,21 @@ from pipeline import storage
 
 pytestmark = pytest.mark.slow
 MAIN = [sys.executable, "-u", "-c", "from infra.cli import main; main()"]
-DEADLINE = 240.0  # seconds for any one thing to happen
-QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500}
-"""Ray gives a silent node up after 5 looks: 15 s by default, here 2.5."""
-SETTINGS = """
-model: {backbone: test_efficientnet_gn}
-loss: {lambda_btc: 0.0, lambda_fpc: 0.0, warmup_epochs: 0.2, ramp_epochs: 0.2}
-data: {tasks: 1, task_cpus: 0.25}
-train: {epochs: 6, batch_size: 32, worker_cpus: 0.75}
-search: {searcher: random, scheduler: none, max_trials: 3, cpus_for_data: 0.5, metric: loss_sup, mode: min}
-prepare: {image_size: 32, row_group: 64, phantom: {images: 500}}
-tracking: {experiment: proof, gate_metric: null}
-evaluate: {resamples: 100}
-"""
+DEADLINE = 400.0  # seconds for any one thing to happen
+QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 3000}
+"""Ray gives a node up after 5 looks without an answer; the network of a killed one does not even refuse."""
+EPOCHS = 12
+SETTINGS = {
+    "model": {"backbone": "test_efficientnet_gn"},
+    "loss": {"lambda_btc": 0.0, "lambda_fpc": 0.0, "warmup_epochs": 0.2, "ramp_epochs": 0.2},
+    "data": {"tasks": 1, "task_cpus": 0.25},
+    "train": {"epochs": EPOCHS, "batch_size": 32, "worker_cpus": 0.75},
+    "search": {"searcher": "random", "scheduler": "none", "max_trials": 3, "cpus_for_data": 0.5}
+    | {"metric": "loss_sup", "mode": "min"},
+    "prepare": {"image_size": 32, "row_group": 64, "phantom": {"images": 500}},
+    "tracking": {"experiment": "proof", "gate_metric": None},
+    "evaluate": {"resamples": 100},
+}
 
 
 class World(NamedTuple):
@@ -57,7 +60,7 @@ def world(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """Head and two workers of a CPU each, with a token; the bucket and MLflow are reached through the same network."""
     folder = tmp_path_factory.mktemp("proof")
     s3_client(s3_server).create_bucket(Bucket="proof")
-    (folder / "settings.yaml").write_text(SETTINGS)
+    (folder / "settings.yaml").write_text(yaml.safe_dump(SETTINGS))
     with machines() as net, ExitStack() as stack, ThreadPoolExecutor(1) as other:
         bucket = Tunnel(S3_PORT, net.address)  # the test's own S3 server listens on loopback alone
         stack.callback(bucket.cut)
@@ -71,30 +74,28 @@ def world(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         head = stack.enter_context(ray_head(cpus=0, host=net.address, options=options))
         own = {"AWS_ENDPOINT_URL": f"http://{net.address}:{bucket.port}", "MLFLOW_TRACKING_URI": tracking}
         head = head._replace(environment=head.environment | own)
-        workers = [start_worker(net, head) for _ in range(2)]
         started.result()
-        joined(head, workers)
+        workers = [join(net, head), join(net, head)]
         yield World(net, head, workers, "s3://proof", tracking, folder)
 
 
-def start_worker(net: Machines, head: Head, **environment: str) -> Host:
-    """A node of one CPU that joins the cluster."""
-    number = len(net.hosts)
-    (head.folder / "ray").mkdir(exist_ok=True)
-    command = ["ray", "start", f"--address={head.gcs}"]
-    command += node_options(net.next_address(), 1, head.folder, free_ports(len(AGENT_PORTS)))
-    told = {name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"} | environment
-    return net.start(command, told, head.folder / f"node-{number}.txt", head.folder / "ray")
-
-
-def joined(head: Head, workers: list[Host]) -> None:
-    """Returns once all workers belong to the cluster."""
+def join(net: Machines, head: Head) -> Host:
+    """A machine of one CPU that has joined the cluster; Ray ends one that takes half a minute, and it tries again."""
+    others = 1 + sum(host.process.poll() is None for host in net.hosts)
     end = time.monotonic() + DEADLINE
-    while alive(head) != 1 + len(workers):
-        left = [worker for worker in workers if worker.process.poll() is not None]
-        if left or time.monotonic() > end:
-            pytest.fail("\n".join(log.read_text()[-2000:] for log in head.folder.glob("node-*.txt")))
+    (head.folder / "ray").mkdir(exist_ok=True)
+    environment = {name: value for name, value in head.environment.items() if name != "RAY_ADDRESS"}
+    worker = None
+    while alive(head) <= others:
+        if worker is None or worker.process.poll() is not None:
+            command = ["ray", "start", f"--address={head.gcs}"]
+            command += node_options(net.next_address(), 1, head.folder, free_ports(len(AGENT_PORTS)))
+            log = head.folder / f"{net.next_address()}.txt"
+            worker = net.start(command, environment, log, head.folder / "ray")
+        assert time.monotonic() < end, log.read_text()[-2000:]
         time.sleep(0.2)
+    assert worker is not None
+    return worker
 
 
 def client(world: World, *arguments: str) -> "subprocess.Popen[str]":
@@ -156,13 +157,14 @@ def told(world: World) -> Told:
     space = ["--space", str(world.folder / "space.yaml")]
     tune = client(world, "submit", "tune", "--data", data, "--out", search, *space, *settings, "--follow")
     trials = f"{search}/trials"
-    wait_until(lambda: len(epochs_of(trials)) == 2, "a trial on each worker", tune, world)
+    at_work = lambda: sum(0 < epochs < EPOCHS for epochs in epochs_of(trials).values())  # noqa: E731
+    wait_until(lambda: at_work() == 2, "a trial on each worker", tune, world)
     world.workers[1].kill()
     before = epochs_of(trials)
     clock(f"one worker of two is killed; epochs so far {before}")
     assert not storage.exists(f"{search}/search.json")
     said += finished(world, tune)
-    clock(f"the search has ended; {alive(world.head)} nodes are left of 3")
+    clock("the search has ended")
     said += finished(world, client(world, "register", "--checkpoint", f"{search}/best", "--model", "proof", *settings))
     said += finished(world, client(world, "promote", "--model", "models:/proof/1", *settings))
     clock("registered and promoted")
@@ -181,9 +183,11 @@ def told(world: World) -> Told:
 def test_a_search_goes_on_without_a_machine(told: Told) -> None:
     ended = {trial["trial_id"]: trial for trial in told.search["trials"]}
     assert len(ended) == 3
-    assert set(told.before) < set(ended)
-    assert all(epochs < 6 for epochs in told.before.values()), "both trials were at work when the machine was killed"
-    assert sum(trial["status"] == "finished" and trial["epochs"] == 6 for trial in ended.values()) >= 2
+    assert set(told.before) <= set(ended)
+    assert sum(epochs < EPOCHS for epochs in told.before.values()) == 2, (
+        "both trials were at work when the machine was killed"
+    )
+    assert sum(trial["status"] == "finished" and trial["epochs"] == EPOCHS for trial in ended.values()) >= 2
     for trial in ended.values():  # the one on that machine, unless it went on elsewhere
         assert trial["status"] == "finished" or (trial["status"] == "failed" and trial["error"]), trial
         assert trial["status"] == "finished" or trial["trial_id"] in told.before
@@ -228,6 +232,6 @@ def test_no_secret_is_left_anywhere(told: Told, world: World) -> None:
     objects = storage.list_files(world.bucket)
     assert len(files) > 50, "the database, the logs of clients, server and cluster"
     assert any("/mlflow/" in uri for uri in objects)
-    looked_at = [(str(file), file.read_bytes()) for file in files if file != token]
+    looked_at = [(str(file), file.read_bytes()) for file in files if file != token and file.exists()]
     looked_at += [(uri, storage.read_bytes(uri)) for uri in objects] + [("clients", told.said.encode())]
     assert not [where for where, content in looked_at for secret in secrets if secret in content]

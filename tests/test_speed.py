@@ -120,6 +120,29 @@ def test_fp16_scaling_reads_nothing_back() -> None:
     assert weight.grad is None
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_fused_steps_equal_those_of_the_plain_optimizer(name: Any) -> None:
+    """The loop's settings, decay and two groups among them, against PyTorch's loop over single tensors."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in ((3, 4, 5, 5), (7,))]
+
+    def trained(*, fused: bool) -> list[Tensor]:
+        weights = [nn.Parameter(start.clone()) for start in starts]
+        groups = [{"params": [weight], "lr": lr} for weight, lr in zip(weights, (0.1, 0.01), strict=True)]
+        optimizer = make_optimizer(name, groups, lr=0.1, weight_decay=0.05, device=CPU)
+        for group in optimizer.param_groups:
+            assert group["fused"]
+            group["fused"] = fused
+        for step in range(5):
+            loss = torch.stack([(weight - step).square().sum() for weight in weights]).sum()
+            update(loss, optimizer, torch.amp.GradScaler(enabled=False), clip=1.0)
+        return [weight.detach() for weight in weights]
+
+    for fused, plain, start in zip(trained(fused=True), trained(fused=False), starts, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(fused, start)
+
+
 def test_clipping_sees_unscaled_gradients_and_an_overflow_changes_nothing() -> None:
     weight = nn.Parameter(torch.zeros(2))
     optimizer = make_optimizer("sgd", [{"params": [weight]}], lr=1.0, weight_decay=0.0, device=CPU)

@@ -104,7 +104,10 @@ def columns(batch: pa.RecordBatch) -> tuple[list[int], list[str]]:
     return batch["row"].to_pylist(), batch["image_id"].to_pylist()
 
 
-def test_two_workers_equal_one_at_the_same_global_batch(phantom_data: str, tmp_path: Path) -> None:
+def test_two_workers_equal_one_at_the_same_global_batch(
+    phantom_data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "pipeline.follow")  # what -v shows: every rank
     steps = read_card(phantom_data).rows("train").stop // 24
     assert 15 <= steps <= 20
     results = []
@@ -117,6 +120,10 @@ def test_two_workers_equal_one_at_the_same_global_batch(phantom_data: str, tmp_p
     ours, theirs = (result.metrics for result in results)
     for name in ("loss", "loss_ipc", "loss_fpc", "loss_btc", "selected_share", "val_macro_auroc", "val_macro_ap"):
         assert theirs[name] == pytest.approx(ours[name], abs=1e-4), name
+    paces = [record.getMessage().partition(",")[0] for record in caplog.records if "waiting" in record.getMessage()]
+    assert sorted(paces) == sorted(
+        ["worker 0: step 7", "worker 0: step 14"] * 2 + ["worker 1: step 7", "worker 1: step 14"]
+    )
 
 
 def test_a_data_loader_trains_the_same_weights(phantom_data: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pipeline
 from mpc.checkpoint import INFO
 from mpc.config import CheckpointInfo
 from mpc.errors import UserError
+from mpc.reference import FILE as REFERENCE
 from pipeline.inference import pack
 from pipeline.served_model import IMAGE_COLUMN, TEXT_COLUMNS
 from tuning.record import without_places
@@ -42,7 +43,7 @@ def input_example() -> pd.DataFrame:
 
 
 def write_package(checkpoint: Path, info: CheckpointInfo, folder: Path) -> None:
-    """Writes the MLflow model of `checkpoint` as `folder`: averaged weights, metadata, code.
+    """Writes the MLflow model of `checkpoint` as `folder`: averaged weights, metadata, reference if there is one, code.
 
     Paths of this machine, in the configuration and in MLflow's own file, are cut to their last part.
 
@@ -60,14 +61,19 @@ def write_package(checkpoint: Path, info: CheckpointInfo, folder: Path) -> None:
 
         parts = folder.parent / "parts"
         parts.mkdir()
-        (parts / WEIGHTS).write_bytes(pack(checkpoint).weights)
+        packed = pack(checkpoint)
+        (parts / WEIGHTS).write_bytes(packed.weights)
+        artifacts = {"weights": str(parts / WEIGHTS), "checkpoint": str(parts / INFO)}
+        if packed.reference:
+            (parts / REFERENCE).write_bytes(packed.reference)
+            artifacts["reference"] = str(parts / REFERENCE)
         served = info.model_copy(update={"config": without_places(info.config)})
         (parts / INFO).write_text(served.model_dump_json(indent=2) + "\n", encoding="utf-8")
         wheel = build_wheel(parts)
         save_model(
             str(folder),
             python_model=str(Path(str(pipeline.__file__)).with_name("served_model.py")),
-            artifacts={"weights": str(parts / WEIGHTS), "checkpoint": str(parts / INFO)},
+            artifacts=artifacts,
             code_paths=[str(wheel)],
             pip_requirements=[f"code/{wheel.name}"],
             signature=signature(info),

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, NamedTuple
 
-from mlflow.artifacts import download_artifacts
+from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from mpc.checkpoint import INFO, read_info
 from mpc.config import CheckpointInfo
 from mpc.errors import MissingError, UserError
+from mpc.reference import FILE as REFERENCE
 from pipeline.inference import REGISTERED_FILE
 from tuning.gate import Candidate, Decision, Gate, Verdict
 from tuning.package import WEIGHTS, write_package
@@ -149,7 +150,11 @@ def download(uri: str, tracking_uri: str) -> Path:
         folder = Path(mkdtemp(prefix="mpc-cxr-model-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         source = client.get_model_version_download_uri(name, version.version)
-        for part in (WEIGHTS, INFO):
+        held = {
+            Path(item.path).name
+            for item in list_artifacts(f"{source.rstrip('/')}/artifacts", tracking_uri=tracking_uri)
+        }
+        for part in (WEIGHTS, INFO, *({REFERENCE} & held)):
             try:
                 download_artifacts(
                     artifact_uri=f"{source.rstrip('/')}/artifacts/{part}",

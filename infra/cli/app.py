@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import typer
 
-from infra.cli import admin, comparing, data, models, quickstart, submitting, training
+from infra.cli import admin, comparing, data, models, quickstart, serving, submitting, training
 from infra.console import fault
 from mpc.errors import StoppedError, UserError
 
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for room in (quickstart, data, training, comparing, models, submitting, admin):
+for room in (quickstart, data, training, comparing, models, serving, submitting, admin):
     room.add_to(app)
 
 

@@ -91,8 +91,12 @@ def predict(
 
     start_ray(verbose)
     with progress("predict") as report:
-        summary = write_findings(folder, images, out, progress=report)
+        summary = write_findings(folder, images, out, config=settings.predict, progress=report)
     say(f"findings of {summary.images:,} images, {summary.failed:,} of them unreadable: {summary.out}")
+    if summary.unlike is None:
+        say("not looked at: whether the images are like those of training; this checkpoint holds no reference")
+    elif summary.unlike:
+        say(f"{summary.unlike:,} images are unlike those of training (flag unlike_training): do not rely on them")
 
 
 def explain(

@@ -64,16 +64,18 @@ def train(
         return
     from infra.listeners import EpochLines
     from pipeline.follow import Listener
+    from pipeline.reference import attach
     from pipeline.train import train as fit
     from tuning.listeners import RunListener
     from tuning.tracking import Tracker
 
     tracker = Tracker(tracking_uri(settings, out), settings.tracking.experiment)
     start_ray(verbose)
-    with progress("train") as display:
+    with progress("train", seconds=0.0) as display:  # a line for every train.log_every steps
         listeners: list[Listener] = [EpochLines(display), RunListener(tracker, out)]
         result = fit(run_config(settings), data, out, resume=resume, listeners=listeners)
     tracker.close()
+    attach(result.best_checkpoint, data, settings.reference)
     metric = f"val_{settings.train.metric}"
     say(f"best epoch {result.metrics['epoch']:g} of {settings.train.epochs}: {metric} {result.metrics[metric]:.4f}")
     say(f"best checkpoint: {result.best_checkpoint}")

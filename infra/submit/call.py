@@ -17,7 +17,7 @@ from pipeline import storage
 from pipeline.dotted import flat
 
 CLUSTER = "cluster."
-HERE_ONLY = ("submit", "jobs")
+HERE_ONLY = ("submit", "jobs", "serve")
 PLACES = ("data", "out", "root", "images", "checkpoint")
 """Flags that name places."""
 FILES = ("model.weights", "prepare.key_file", "prepare.split.file", "prepare.table.file")

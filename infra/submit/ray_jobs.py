@@ -67,16 +67,16 @@ class RayJobs:
 
     def on_this_machine(self) -> bool:
         """Whether the cluster is one node and that node is this machine: a tunnel makes any address look local."""
-        names = [node["nodeName"] for node in self.nodes()]
+        names = [node["nodeManagerHostname"] for node in self.nodes()]
         return names == [socket.gethostname()]
 
     def nodes(self) -> list[dict[str, Any]]:
-        """The nodes that are alive, as Ray's state API tells them."""
+        """The nodes that are alive, as Ray knows them from when they join; what they tell of themselves comes later."""
         with _explained(self.address):
             reply = self.client._do_request("GET", "/nodes?view=summary")  # the client has no method for it
             reply.raise_for_status()
-        found = [dict(node, nodeName=node["hostname"]) for node in reply.json()["data"]["summary"]]
-        return [node for node in found if node["raylet"]["state"] == "ALIVE"]
+        found = [node["raylet"] for node in reply.json()["data"]["summary"]]
+        return [node for node in found if node["state"] == "ALIVE"]
 
     def plan(self, job: Job) -> str:
         """The request to the Jobs API."""

@@ -1,0 +1,1 @@
+"""The verb serve: a page for a person with an image, on this machine."""
