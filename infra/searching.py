@@ -58,7 +58,7 @@ def search(
             out,
             resume=resume and storage.exists(storage.join(out, searches.STATE)),
             listeners=[TrialLines(display, settings.search, run.train.epochs)],
-            callbacks=[MlflowCallback(tracker, parent, storage.join(out, TRIALS), tags=tags)],
+            callbacks=[MlflowCallback(tracker, parent, storage.join(out, TRIALS), base=run, tags=tags)],
         )
         status = Status.FINISHED
     finally:

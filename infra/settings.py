@@ -13,6 +13,7 @@ from pipeline.config import EvaluateConfig, ExplainConfig, RunConfig
 from pipeline.dotted import check_path, flat, merge, nested, validate
 from pipeline.prepare_config import PrepareConfig
 from tuning.config import SearchConfig, TrackingConfig
+from tuning.gate import Gate
 
 
 class Settings(RunConfig):
@@ -23,6 +24,7 @@ class Settings(RunConfig):
     explain: ExplainConfig = ExplainConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
+    gate: Gate = Gate()
     cluster: ClusterConfig = ClusterConfig()
 
 

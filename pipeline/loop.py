@@ -26,11 +26,13 @@ from pipeline.config import RunConfig
 from pipeline.divergence import REPORT, DivergedError, Watch, as_json, describe
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
+from pipeline.record import is_epoch
 from pipeline.saved import gathered, restore, save
 from pipeline.scoring import NO_CHOICES, Choices, Scored, score_rows, validation_metrics
 from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, to_device
 from pipeline.spans import TrainingData
 from pipeline.stream import batches
+from pipeline.usage import Usage
 
 Metrics = dict[str, Any]
 Notice = Literal["go", "save", "stop"]
@@ -111,7 +113,7 @@ class Loop:
         self.optimizer = make_optimizer(run, self.method.param_groups(self.model, run.optim.lr))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
         self.scaler = torch.amp.GradScaler(host.device.type, enabled=run.train.amp == "fp16")
-        self.meter, self.watch = Meter(host.device), Watch(host.device)
+        self.meter, self.watch, self.usage = Meter(host.device), Watch(host.device), Usage(host.device)
         self.step = 0
 
     def _rate(self) -> Callable[[int], float]:
@@ -272,4 +274,5 @@ class Loop:
             path = Path(folder) / f"step-{self.step:08d}"
             if host.rank == 0:
                 save(self, path, metrics, choices, meters)
-            host.report(metrics, path)
+            # beside the metrics, not among them: a checkpoint is equal to another one whatever its machine did
+            host.report({**metrics, **(self.usage.metrics() if is_epoch(metrics) else {})}, path)
