@@ -57,7 +57,7 @@ def search(
         raise UserError("train.min_workers: trials keep their number of workers; unset it and set train.num_workers")
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
-    require_validation(card)
+    require_validation(card, run.data.val_labels)
     runtime.start(dashboard=run.train.num_workers > 1)
     claim(out, identity(run, config, space, card), resume=resume)
     concurrent = concurrency(run, config, ray.cluster_resources())
