@@ -117,7 +117,10 @@ def test_a_version_carries_metrics_and_origin(store: str, registered: Registered
     assert version.tags["findings"] == ",".join(FINDINGS)
     run = MlflowClient(tracking_uri=store).get_run(version.run_id)
     assert run.data.metrics["val_macro_auroc"] == 0.75
-    assert [item.model_id for item in run.outputs.model_outputs] == [version.model_id]
+    (output,) = run.outputs.model_outputs
+    model = MlflowClient(tracking_uri=store).get_logged_model(output.model_id)
+    assert (model.name, model.source_run_id) == ("served", version.run_id)
+    assert model.artifact_location == version.source
     assert run.info.status == "FINISHED"
 
 
