@@ -21,7 +21,8 @@ from pipeline import runtime, storage
 from pipeline.card import read_card
 from pipeline.config import RunConfig
 from pipeline.follow import queue_beside_driver
-from pipeline.loop import Loop, Metrics
+from pipeline.host import Metrics
+from pipeline.loop import Loop
 from pipeline.prepare_config import PhantomConfig, PrepareConfig
 from pipeline.shards import prepare
 from pipeline.wish import Wish

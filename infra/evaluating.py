@@ -21,7 +21,6 @@ def evaluate(
     out: str,
     *,
     title: str,
-    report: str | None = None,
     search: str | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
@@ -34,7 +33,6 @@ def evaluate(
         split: of it.
         out: folder or s3:// prefix of the evaluation.
         title: heading of the report.
-        report: URI of the page; None puts report.html into `out`.
         search: the search that made the checkpoint, if any.
         resume: keep predictions and saliency that `out` holds.
     """
@@ -50,7 +48,7 @@ def evaluate(
         batch_size=batch_size,
         resume=resume,
     )
-    page = report or storage.join(out, REPORT)
+    page = storage.join(out, REPORT)
     write_report(page, evaluation=out, data=data, checkpoint=checkpoint, search=search, title=title)
     return metrics
 

@@ -81,3 +81,13 @@ def build_mpc(config: MethodConfig, model: Classifier, teacher: Classifier | Non
         warmup_epochs=loss.warmup_epochs,
         ramp_epochs=loss.ramp_epochs,
     )
+
+
+def adjust(method: Method, config: MethodConfig) -> None:
+    """Gives MPC under way the weights, thresholds and rates of `config`; other methods read none of them anew."""
+    if isinstance(method, Mpc):
+        method.sup_loss = build_sup_loss(config)
+        method.tau_pos, method.tau_neg = config.pseudo.tau_pos, config.pseudo.tau_neg
+        method.lambda_ipc, method.lambda_fpc = config.loss.lambda_ipc, config.loss.lambda_fpc
+        method.lambda_btc = config.loss.lambda_btc
+        method.perturb_rate = config.model.perturb.rate

@@ -1,9 +1,10 @@
 """Checkpoints in storage: whole or not counted, the best one beside the latest, and one name that later verbs know."""
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyarrow import fs
 from ray.train import Checkpoint
@@ -13,6 +14,7 @@ from mpc.config import CheckpointInfo
 from pipeline import storage
 
 BEST = "best"
+PARTS = (INFO, "model.safetensors", "ema.safetensors", "training_state.pt")
 STEP_NAME, BEST_NAME = "step-", "best-"
 """What the folders of a run's latest checkpoints, and of its best one, begin with; a number of steps follows."""
 
@@ -25,6 +27,35 @@ def opened(checkpoint: Checkpoint | None) -> Iterator[Path | None]:
         return
     with checkpoint.as_directory() as folder:
         yield Path(folder)
+
+
+class Found(NamedTuple):
+    """A checkpoint that lies in a folder with all its files."""
+
+    checkpoint: Checkpoint
+    written: float
+    """Seconds since 1970."""
+    metrics: dict[str, float]
+    """Of its epoch, by its own checkpoint.json."""
+
+
+def found_in(folder: str) -> list[Found]:
+    """The whole checkpoints in a folder that Ray writes them to, oldest first; Ray's own book may be behind."""
+    filesystem, path = storage.resolve(folder)
+    entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    places = [entry.path for entry in entries if entry.base_name.startswith("checkpoint_")]
+    found = [_found(Checkpoint(place, filesystem)) for place in places]
+    return sorted((item for item in found if item is not None), key=lambda item: item.written)
+
+
+def _found(checkpoint: Checkpoint) -> Found | None:
+    """None while a file is missing: it is still being written, or was left behind."""
+    infos = checkpoint.filesystem.get_file_info([f"{checkpoint.path}/{part}" for part in PARTS])
+    if not all(info.is_file for info in infos):
+        return None
+    with checkpoint.filesystem.open_input_file(infos[0].path) as file:
+        metrics = json.loads(file.readall())["metrics"]
+    return Found(checkpoint, infos[0].mtime.timestamp(), metrics)
 
 
 def publish(checkpoint: Checkpoint, out: str) -> str:

@@ -1,11 +1,12 @@
 """The configuration of a training run and of what follows it, composed of the method's own models."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mpc.config import Config, Count, MethodConfig, Name, Positive
+from pipeline.schedule import Change, check_schedule, settings_at
 
 
 class DataConfig(Config):
@@ -46,6 +47,9 @@ class TrainConfig(Config):
     resize_s: Positive = 60.0
     """Seconds between two looks for room for more workers; growing repeats the steps since the last checkpoint."""
     use_gpu: bool = False
+    gpus: Positive = 1.0
+    """GPUs that each worker asks of Ray where use_gpu is on: 1, 2, ... or, with one worker, a share such as 0.25, so
+    that trials of a search divide a GPU."""
     threads: Count = 1
     """CPU threads of each worker; results are bit-equal only at the same number."""
     worker_cpus: Positive = 1.0
@@ -63,6 +67,21 @@ class TrainConfig(Config):
     """How often a run that lost a worker continues from its last checkpoint; announced departures do not count."""
     metric: Literal["macro_auroc", "macro_ap"] = "macro_auroc"
     """Validation metric by which the best checkpoint is chosen."""
+    schedule: tuple[Change, ...] = ()
+    """Settings that change at the ends of epochs, each as `{epoch: 3, settings: {optim.lr: 0.001}}`; what population
+    based training found, in OUT/best.yaml, can be given to `train` as it is."""
+
+    @model_validator(mode="after")
+    def shares_a_gpu(self) -> "TrainConfig":
+        """Ray knows whole GPUs and shares of one; NCCL knows no two ranks on the same GPU."""
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(f"gpus {self.gpus} is neither a whole number nor a share of one GPU; use 1, 2 or 0.5")
+        if self.gpus < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"gpus {self.gpus} would put several of the {self.num_workers} workers on one GPU, which NCCL refuses; "
+                f"set gpus=1, or num_workers=1"
+            )
+        return self
 
     @property
     def least_workers(self) -> int:
@@ -89,6 +108,21 @@ class RunConfig(MethodConfig):
 
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def follows_its_schedule(self) -> "RunConfig":
+        """Whatever changes while it trains, the run stays one that can be trained."""
+        check_schedule(self, self.train.schedule, self.train.method, self.train.epochs)
+        return self
+
+    def at(self, epoch: float) -> Self:
+        """The settings in force once so many epochs are done."""
+        return settings_at(self, self.train.schedule, epoch)
+
+    @property
+    def worker_gpus(self) -> float:
+        """GPUs that a training worker asks of Ray."""
+        return self.train.gpus if self.train.use_gpu else 0.0
 
     @property
     def worker_cpus(self) -> float:

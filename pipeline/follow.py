@@ -16,7 +16,7 @@ from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
-from pipeline.loop import Metrics
+from pipeline.host import Metrics
 from pipeline.record import FAULTS_FILE, read_lines, write_lines
 from pipeline.wish import Wish
 

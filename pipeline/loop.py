@@ -6,71 +6,33 @@ and a continued run equals an uninterrupted one bit for bit (CPU, float32, same 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mpc.build import build_method
+from mpc.build import adjust, build_method
 from mpc.method import Batch, Method, Progress, StepOutput
 from mpc.model import Classifier, Ema
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.divergence import REPORT, DivergedError, Watch, as_json, describe
+from pipeline.host import Host, Metrics
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
 from pipeline.record import is_epoch
 from pipeline.saved import gathered, restore, save
+from pipeline.schedule import in_force, stages
 from pipeline.scoring import NO_CHOICES, Choices, Scored, score_rows, validation_metrics
-from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, to_device
+from pipeline.setup import Timed, augmented, make_model, make_optimizer, make_views, relative_rate, set_rates, to_device
 from pipeline.spans import TrainingData
 from pipeline.stream import batches
 from pipeline.usage import Usage
-
-Metrics = dict[str, Any]
-Notice = Literal["go", "save", "stop"]
-"""Go on; write a checkpoint, for a worker will be lost; or write one and end."""
-
-
-class Host(Protocol):
-    """Who runs the loop: a Ray Train worker, a Ray Tune trial, or a plain process."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    scratch: Path | None = None
-    """Where checkpoints are written, for the host to take over; None takes the system's place for temporary files."""
-
-    def last_checkpoint(self) -> AbstractContextManager[Path | None]:
-        """The folder to continue from, if there is one."""
-        ...
-
-    def report(self, metrics: Metrics, checkpoint: Path) -> None:
-        """Takes over a checkpoint (written on rank 0, empty elsewhere) with its metrics; all ranks call it together."""
-        ...
-
-    def log(self, line: Metrics) -> None:
-        """Shows a line of progress inside an epoch (rank 0)."""
-        ...
-
-    def begun(self, step: int, metrics: Metrics) -> None:
-        """Learns before the first step where the loop begins, and with which metrics of the checkpoint there."""
-        return
-
-    def notice(self, step: int) -> Notice:
-        """What to do after a step; every rank gets the same answer."""
-        return "go"
-
-    def leave(self, name: str, content: bytes) -> str:
-        """Leaves a file with the run for people to read (rank 0); its place."""
-        ...
 
 
 class _Step(nn.Module):
@@ -99,6 +61,7 @@ class Loop:
         torch.set_num_threads(run.train.threads)
         torch.manual_seed(run.train.seed)
         self.run, self.data, self.card, self.host = run, data, card, host
+        self.now = run
         self.plan = make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size, window=run.data.window)
         self.total_steps = run.train.epochs * self.plan.steps_per_epoch
         self.model = make_model(run, card).to(host.device)
@@ -147,7 +110,14 @@ class Loop:
 
     def _batches(self) -> Iterator[Timed]:
         """Batches from the running step on, on the device, each with the seconds that it was waited for."""
-        run = self.run
+        schedule = self.run.train.schedule
+        for stage in stages(schedule, self.run.train.epochs, self.plan.steps_per_epoch, self.step):
+            self._change(self.run.at(stage.epoch) if schedule else self.run)
+            yield from self._until(stage.stop)
+
+    def _until(self, stop: int) -> Iterator[Timed]:
+        """Batches up to a step, made with the settings of now."""
+        run, host = self.now, self.host
         data = TrainingData(
             self.data,
             self.card,
@@ -160,12 +130,20 @@ class Loop:
             task_cpus=run.data.task_cpus,
             backend=run.data.backend,
         )
-        host = self.host
-        stream = batches(data, self.plan, host.rank, host.world_size, self.step, self.total_steps)
         asked = time.perf_counter()
-        for arrays in stream:
+        for arrays in batches(data, self.plan, host.rank, host.world_size, self.step, stop):
             yield Timed(to_device(arrays, host.device), time.perf_counter() - asked)
             asked = time.perf_counter()
+
+    def _change(self, now: RunConfig) -> None:
+        """Goes on with other settings; also after a restore, whose optimiser carries the rates of before."""
+        if now == self.now:
+            return
+        self.now = now
+        self.views = make_views(now, self.card, self.host.device, strong=self.method.needs_strong)
+        adjust(self.method, now)
+        peaks = [group["lr"] for group in self.method.param_groups(self.model, now.optim.lr)]
+        set_rates(self.optimizer, self.schedule, peaks, now.optim.weight_decay)
 
     def train_step(self, batch: Batch) -> None:
         """Forward, backward, clip, optimiser, schedule, average."""
@@ -181,7 +159,7 @@ class Loop:
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, self.run.optim.clip)
+        nn.utils.clip_grad_norm_(parameters, self.now.optim.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -201,7 +179,7 @@ class Loop:
         if found is None:
             return
         step, ranks = found
-        rate = self.run.optim.lr * self._rate()(step)
+        rate = self.now.optim.lr * self._rate()(step)
         known = describe(self.data, self.card, self.plan, step, ranks, rate)
         place = self.host.leave(REPORT, as_json(known)) if self.host.rank == 0 else REPORT
         raise DivergedError(
@@ -224,6 +202,7 @@ class Loop:
             "images_per_s": steps * self.run.train.batch_size / seconds,
             "data_wait_share": waited / seconds,
             "seconds": seconds,
+            **({"settings": in_force(self.now, self.run.train.schedule)} if self.run.train.schedule else {}),
         }
         self.meter = Meter(self.host.device)
         self._report(self._from_rank_zero(metrics), choices)

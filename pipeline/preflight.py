@@ -32,8 +32,11 @@ def shortage(run: RunConfig) -> str | None:
             f"{workers} workers x {run.worker_cpus:g} CPU and {run.cpus_beside:g} CPU for Ray Data exceed the "
             f"cluster's {cpus:g} CPUs"
         )
-    if run.train.use_gpu and workers > gpus:
-        return f"{workers} workers ask for a GPU each, the cluster has {gpus:g}; train.use_gpu=false trains on CPUs"
+    if workers * run.worker_gpus > gpus:
+        return (
+            f"{workers} workers ask for {run.worker_gpus:g} GPU each, the cluster has {gpus:g}; train.use_gpu=false "
+            f"trains on CPUs"
+        )
     return None
 
 
@@ -42,7 +45,7 @@ def _refuse_starving(run: RunConfig, node: dict[str, Any]) -> None:
     cpus = node.get("CPU", 0)
     fit = min(run.train.num_workers, int(cpus / run.worker_cpus))
     if run.train.use_gpu:
-        fit = min(fit, int(node.get("GPU", 0)))
+        fit = min(fit, int(node.get("GPU", 0) / run.worker_gpus))
     if fit and fit * run.worker_cpus + run.cpus_beside > cpus:
         raise UserError(
             f"{fit} workers x {run.worker_cpus:g} CPU would fill a node of {cpus:g} CPUs and leave Ray Data none; set "

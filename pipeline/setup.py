@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from mpc.build import build_model
 from mpc.device_views import DeviceViews
@@ -73,3 +74,13 @@ def relative_rate(step: int, *, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def set_rates(
+    optimizer: torch.optim.Optimizer, schedule: LambdaLR, peaks: Iterable[float], weight_decay: float
+) -> None:
+    """Gives the groups of an optimiser other peak rates, at the point of the schedule where it stands."""
+    schedule.base_lrs = list(peaks)
+    factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, peak, factor in zip(optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+        group.update(initial_lr=peak, lr=peak * factor, weight_decay=weight_decay)

@@ -21,7 +21,7 @@ from pipeline.checkpoints import best_of, publish
 from pipeline.config import RunConfig
 from pipeline.divergence import DivergedError
 from pipeline.follow import Follower, Listener, following, queue_beside_driver
-from pipeline.loop import Metrics
+from pipeline.host import Metrics
 from pipeline.plan import make_plan
 from pipeline.preflight import preflight, shortage
 from pipeline.record import MetricsLog, claim, is_epoch
@@ -31,8 +31,9 @@ from pipeline.wish import Wish
 from pipeline.worker import STORAGE_NAME, work
 
 RESOURCES = (
-    "train.num_workers", "train.min_workers", "train.resize_s", "train.worker_cpus", "train.max_failures",
-    "train.keep", "train.log_every", "train.checkpoint_every", "data.backend", "data.tasks", "data.task_cpus",
+    "train.num_workers", "train.min_workers", "train.resize_s", "train.worker_cpus", "train.gpus",
+    "train.max_failures", "train.keep", "train.log_every", "train.checkpoint_every", "data.backend", "data.tasks",
+    "data.task_cpus",
 )  # fmt: skip
 """Settings that a continued run may change: how it runs, not what it learns."""
 
@@ -151,7 +152,7 @@ def _fit(run: RunConfig, data: str, out: str, follower: Follower) -> None:
 def _trainer(run: RunConfig, data: str, out: str, news: Queue, wish: Wish) -> TorchTrainer:
     filesystem, path = storage.resolve(out)
     least, most = run.train.least_workers, run.train.num_workers
-    resources: dict[str, float] = {"CPU": run.worker_cpus, **({"GPU": 1} if run.train.use_gpu else {})}
+    resources: dict[str, float] = {"CPU": run.worker_cpus, **({"GPU": run.worker_gpus} if run.worker_gpus else {})}
     config = {"run": run.model_dump(mode="json"), "data": data, "out": out, "news": news, "wish": wish}
     return TorchTrainer(
         work,

@@ -22,7 +22,8 @@ from pipeline.card import read_card
 from pipeline.checkpoints import STEP_NAME, opened, remember_best, sweep, upload
 from pipeline.config import RunConfig
 from pipeline.divergence import DivergedError
-from pipeline.loop import Host, Loop, Metrics, Notice
+from pipeline.host import Host, Metrics, Notice
+from pipeline.loop import Loop
 from pipeline.record import MetricsLog, is_epoch
 from pipeline.wish import Wish
 

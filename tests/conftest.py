@@ -140,6 +140,16 @@ def bucket(s3_server: str) -> str:
 
 
 @pytest.fixture(scope="session")
+def few_data(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> str:
+    """A prepared set of 60 small synthetic radiographs, read only: an epoch is soon done."""
+    from factory import tiny_data
+
+    out = tmp_path_factory.mktemp("few") / "data"
+    tiny_data(out)
+    return str(out)
+
+
+@pytest.fixture(scope="session")
 def phantom_data(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> str:
     """A prepared set of 700 small synthetic radiographs, read only."""
     from pipeline.prepare_config import PhantomConfig, PrepareConfig

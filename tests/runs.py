@@ -9,7 +9,7 @@ import torch
 
 from mpc.checkpoint import load_training_state, load_weights, read_info
 from pipeline.config import RunConfig
-from pipeline.loop import Host, Metrics
+from pipeline.host import Host, Metrics
 
 TINY = {
     "model": {"backbone": "test_efficientnet_gn"},

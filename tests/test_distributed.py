@@ -17,7 +17,8 @@ from mpc.model import BatchEncoder, Classifier
 from mpc.step import Mpc
 from pipeline.card import read_card
 from pipeline.config import RunConfig
-from pipeline.loop import Loop, Metrics
+from pipeline.host import Metrics
+from pipeline.loop import Loop
 
 ROWS, SIDE, FINDINGS = 8, 4, 5
 

@@ -91,11 +91,11 @@ def test_two_sides_of_a_cluster() -> None:
 
 def test_plans_against_resources() -> None:
     settings = load(None, ["train.num_workers=4", "train.worker_cpus=2", "train.use_gpu=true"])
-    run, search = plans(settings, {"CPU": 16.0, "GPU": 4.0}, "the cluster")
+    run, search = plans(settings, [{"CPU": 16.0, "GPU": 4.0}], "the cluster")
     assert (run.ok, search.ok) == (True, True)
     assert run.found == "the cluster has 16 CPUs for 8.5, 4 GPUs for 4"
     assert search.found == "the cluster carries 1 trials at a time"
-    run, search = plans(settings, {"CPU": 16.0, "GPU": 3.0}, "the cluster")
+    run, search = plans(settings, [{"CPU": 16.0, "GPU": 3.0}], "the cluster")
     assert (run.ok, search.ok) == (False, False)
     assert "lower train.num_workers" in run.remedy
     assert "3 GPUs" in search.remedy

@@ -21,7 +21,8 @@ from pipeline import storage
 from pipeline.card import read_card
 from pipeline.config import RunConfig
 from pipeline.divergence import DivergedError
-from pipeline.loop import Loop, Metrics
+from pipeline.host import Metrics
+from pipeline.loop import Loop
 from pipeline.train import train
 
 

@@ -22,7 +22,8 @@ from runs import EXACT, PlainHost, assert_close, tiny
 from pipeline import runtime
 from pipeline.card import read_card
 from pipeline.config import RunConfig
-from pipeline.loop import Loop, Notice
+from pipeline.host import Notice
+from pipeline.loop import Loop
 
 pytestmark = pytest.mark.slow
 DEADLINE = 240.0  # seconds for any one thing to happen

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray.tune.search.optuna import OptunaSearch
 
 from mpc.checkpoint import read_info
 from mpc.errors import UserError
@@ -19,7 +20,8 @@ from pipeline.record import MetricsLog, claim
 from tuning import space as spaces
 from tuning.config import SearchConfig
 from tuning.outcome import SearchResult, identity
-from tuning.search import concurrency, search
+from tuning.resources import plan
+from tuning.search import search
 from tuning.space import Dimension, Space
 
 BASE = RunConfig.model_validate(
@@ -30,6 +32,8 @@ BASE = RunConfig.model_validate(
         "train": {"epochs": 3, "batch_size": 64, "worker_cpus": 0.75},
     }
 )
+SMALL = BASE.model_copy(update={"train": BASE.train.model_copy(update={"batch_size": 8})})
+"""For a data set of a few dozen images."""
 LOSS = {"metric": "loss_sup", "mode": "min", "cpus_for_data": 0.5}
 
 
@@ -43,67 +47,21 @@ def epochs_of(out: Path) -> dict[str, int]:
     return {f.parent.name: len(f.read_text().splitlines()) for f in out.glob("trials/*/metrics.jsonl")}
 
 
-def test_a_space_is_read_as_it_is_written(tmp_path: Path) -> None:
-    text = """
-        optim.lr: {loguniform: [0.0003, 0.01]}
-        views.strong.ops: {int: [1, 3]}
-        views.red.rms: {quniform: [0.0, 0.014, 0.002]}
-        loss.sup: {choice: [an, wan]}
-    """
-    space = spaces.load(write_space(tmp_path, text), RunConfig())
-    assert space.dimensions[0] == Dimension("optim.lr", "loguniform", (0.0003, 0.01))
-    domains = space.param_space()
-    drawn = [{path: domain.sample() for path, domain in domains.items()} for _ in range(200)]
-    assert {d["views.strong.ops"] for d in drawn} == {1, 2, 3}  # both ends belong to it
-    assert {round(d["views.red.rms"], 6) for d in drawn} <= {0, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014}
-    run = spaces.apply(BASE, drawn[0], "trial")
-    assert run.optim.lr == drawn[0]["optim.lr"]
-    assert run.train == BASE.train
-    for shipped in ("demo", "mpc", "mpc-abstract"):
-        assert spaces.load(shipped, RunConfig()).dimensions
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("optim.lrr: {uniform: [0.1, 0.2]}", "did you mean optim.lr?"),
-        ("optim.lr: {normal: [0.1, 0.2]}", "unknown domain normal"),
-        ("optim.lr: {uniform: [0.2, 0.1]}", "lower bound 0.2"),
-        ("optim.lr: {loguniform: [0, 0.1]}", "above 0"),
-        ("optim.lr: {uniform: [0.1]}", "takes 2 numbers"),
-        ("views.strong.ops: {int: [0, 9]}", "views.strong.ops"),
-        ("loss.sup: {choice: [an, wun]}", "loss.sup"),
-        ("optim.lr: 0.1", "needs one domain"),
-        ("[1, 2", "not valid YAML"),
-        ("", "holds no mapping"),
-    ],
-)
-def test_a_wrong_space_is_one_line(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        spaces.load(write_space(tmp_path, text), RunConfig())
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_space_that_does_not_exist_names_those_that_do() -> None:
-    with pytest.raises(UserError, match="demo, mpc"):
-        spaces.load("mcp", RunConfig())
-
-
 def test_concurrency_keeps_cpus_for_data() -> None:
     config = SearchConfig(cpus_for_data=1.0)
     wide = BASE.model_copy(update={"train": BASE.train.model_copy(update={"worker_cpus": 1.0})})
-    assert concurrency(wide, config, {"CPU": 2.0}) == 1
-    assert concurrency(wide, config, {"CPU": 16.0}) == 15
-    assert concurrency(wide, SearchConfig(cpus_for_data=1.0, max_concurrent=4), {"CPU": 16.0}) == 4
+    assert plan(wide, config, [{"CPU": 2.0}]).concurrent == 1
+    assert plan(wide, config, [{"CPU": 16.0}]).concurrent == 15
+    assert plan(wide, SearchConfig(cpus_for_data=1.0, max_concurrent=4), [{"CPU": 16.0}]).concurrent == 4
     with pytest.raises(UserError, match=r"search\.cpus_for_data"):
-        concurrency(wide, config, {"CPU": 1.0})
+        plan(wide, config, [{"CPU": 1.0}])
 
 
-def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(phantom_data: str, tmp_path: Path) -> None:
+def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(few_data: str, tmp_path: Path) -> None:
     # heads: 5 does not divide the network's 256 features, so that trial fails; a rate of 1e-9 learns nothing
     text = "optim.lr: {choice: [0.003, 0.000000001]}\nbtc.heads: {choice: [4, 4, 5]}"
-    base = BASE.model_copy(update={"loss": BASE.loss.model_copy(update={"lambda_btc": 0.1})})
+    once = SMALL.train.model_copy(update={"max_failures": 1})  # what fails for its settings fails each time
+    base = BASE.model_copy(update={"loss": BASE.loss.model_copy(update={"lambda_btc": 0.1}), "train": once})
     config = SearchConfig(
         **LOSS,
         searcher="random",
@@ -115,7 +73,7 @@ def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(phantom_data: str, 
         seed=2,
     )
     out = tmp_path / "search"
-    result = search(base, config, spaces.load(write_space(tmp_path, text), base), phantom_data, str(out))
+    result = search(base, config, spaces.load(write_space(tmp_path, text), base), few_data, str(out))
     failed = [t for t in result.trials if t.status == "failed"]
     first_good = min(t.trial_id for t in result.trials if t.status != "failed" and t.params["optim.lr"] == 0.003)
     # trials run one after the other, in the order of their ids: before a good one there is nothing to compare with
@@ -153,19 +111,22 @@ search(run, SearchConfig.model_validate_json(config), space.load(yaml, run), dat
 """
 
 
-def start(data: str, out: Path, base: RunConfig, config: SearchConfig, yaml: str, resume: str = "") -> subprocess.Popen:
+def start(
+    data: str, out: str | Path, base: RunConfig, config: SearchConfig, yaml: str, resume: str = "",
+    errors: Path | None = None,
+) -> subprocess.Popen:  # fmt: skip
     """A search in a process and a local cluster of its own."""
     arguments = [data, str(out), base.model_dump_json(), config.model_dump_json(), yaml, resume]
-    with (out.parent / "errors.txt").open("wb") as errors:
-        return subprocess.Popen([sys.executable, "-c", SEARCH_ALONE, *arguments], start_new_session=True, stderr=errors)
+    with (errors or Path(out).parent / "errors.txt").open("wb") as file:
+        return subprocess.Popen([sys.executable, "-c", SEARCH_ALONE, *arguments], start_new_session=True, stderr=file)
 
 
 @pytest.mark.slow
-def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_data: str, tmp_path: Path) -> None:
+def test_a_killed_search_resumes_without_running_finished_trials_again(few_data: str, tmp_path: Path) -> None:
     yaml = write_space(tmp_path, "optim.lr: {loguniform: [0.001, 0.01]}")
     config = SearchConfig(**LOSS, scheduler="none", max_trials=4, max_concurrent=1)
     out = tmp_path / "search"
-    killed = start(phantom_data, out, BASE, config, yaml)
+    killed = start(few_data, out, SMALL, config, yaml)
     deadline = time.monotonic() + 240
     while sorted(epochs_of(out).values())[-2:] != [2, 3]:  # the first trial is through, the second in the middle
         assert time.monotonic() < deadline
@@ -175,7 +136,7 @@ def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_d
     killed.wait()
     first = next(name for name, epochs in epochs_of(out).items() if epochs == 3)
     written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns
-    assert start(phantom_data, out, BASE, config, yaml, "resume").wait(timeout=400) == 0
+    assert start(few_data, out, SMALL, config, yaml, "resume").wait(timeout=400) == 0
     trials = json.loads((out / "search.json").read_text())["trials"]
     # the running trial may have been killed before Tune had noted it: then it is listed, and another took its place
     lost = [t for t in trials if t["status"] == "lost"]
@@ -184,6 +145,15 @@ def test_a_killed_search_resumes_without_running_finished_trials_again(phantom_d
     assert epochs_of(out) == {t["trial_id"]: t["epochs"] for t in trials}
     assert first in {t["trial_id"] for t in trials if t not in lost}
     assert (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns == written
+    check_what_optuna_learnt(out, [trial for trial in trials if trial not in lost])
+
+
+def check_what_optuna_learnt(out: Path, trials: list[dict]) -> None:
+    """The sampler's last state holds every trial with its value, also of those before the kill."""
+    searcher = OptunaSearch()
+    searcher.restore(str(max((out / "tune").glob("searcher-state-*.pkl"))))
+    told = {trial.params["optim.lr"]: trial.value for trial in searcher._ot_study.trials if trial.value is not None}
+    assert told == {trial["params"]["optim.lr"]: trial["value"] for trial in trials}
 
 
 @pytest.mark.slow
@@ -223,6 +193,16 @@ def test_a_search_is_not_continued_with_another_budget(tmp_path: Path) -> None:
     claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=4, keep_trials=1), space, card), resume=True)
     with pytest.raises(UserError, match=r"search\.max_trials = 4, not 8"):
         claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=8), space, card), resume=True)
+
+
+def test_a_search_whose_hours_are_spent_trains_nothing(few_data: str, tmp_path: Path) -> None:
+    out = tmp_path / "search"
+    out.mkdir()
+    (out / "hours.json").write_text('{"hours": 2.5}')
+    space = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
+    config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=50, max_concurrent=1, max_hours=2.0)
+    with pytest.raises(UserError, match=r"none of \d trials .*search\.max_hours 2 are spent"):
+        search(SMALL, config, space, few_data, str(out))
 
 
 def test_there_must_be_a_search_to_resume(phantom_data: str, tmp_path: Path) -> None:

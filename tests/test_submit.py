@@ -52,7 +52,10 @@ def run(head: Head, *arguments: str, **environment: str) -> subprocess.Completed
 def test_settings_space_and_places_travel_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("loss: {lambda_ipc: 0.3}\ncluster: {kind: ray, shared_paths: [.]}\n")
-    Path("space.yaml").write_text("optim.lr: {loguniform: [0.0003, 0.01]}\n")
+    Path("space.yaml").write_text(
+        "optim.lr: {loguniform: [0.0003, 0.01]}\nloss.sup: {choice: [an, em]}\n"
+        "baseline.em_alpha: {uniform: [0.1, 0.4], when: {loss.sup: em}}\n"
+    )
     call = read("tune --data data --out s3://bucket/run --config mine.yaml --set optim.lr=0.5 --space space.yaml")
     calls.require_shared(call, call.cluster.shared_paths)
     files = files_of(job_of(call, {}))
@@ -68,7 +71,12 @@ def test_settings_space_and_places_travel_whole(tmp_path: Path, monkeypatch: pyt
     settings = load("job/config.yaml")
     assert (settings.loss.lambda_ipc, settings.optim.lr) == (0.3, 0.5)
     assert settings == call.settings.model_copy(update={"cluster": ClusterConfig()})
-    assert load_space("job/space.yaml", run_config(settings)).describe() == [("optim.lr", "loguniform 0.0003, 0.01")]
+    space = load_space("job/space.yaml", run_config(settings))
+    assert dict(space.describe()) == {
+        "optim.lr": "loguniform 0.0003, 0.01",
+        "loss.sup": "choice an, em",
+        "baseline.em_alpha": "uniform 0.1, 0.4 when loss.sup is em",
+    }
 
 
 def test_a_protocol_travels_without_its_presets() -> None:

@@ -15,7 +15,8 @@ from mpc.checkpoint import load_weights, read_info
 from mpc.errors import UserError
 from pipeline.card import read_card
 from pipeline.divergence import DivergedError
-from pipeline.loop import Loop, Metrics
+from pipeline.host import Metrics
+from pipeline.loop import Loop
 from pipeline.plan import make_plan
 from pipeline.record import MetricsLog
 from pipeline.scoring import require_validation

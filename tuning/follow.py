@@ -36,6 +36,10 @@ def followed(listeners: Sequence[SearchListener]) -> Iterator[None]:
         _listeners.clear()
 
 
+TRIALS = "trials"
+"""Folder of a search with one folder a trial: its record, and what it left."""
+STATE = "tune"
+"""Folder of Tune's own state below that of a search: one folder a trial, with its checkpoints."""
 CELL = "cell"
 """Key of a trial that is one point of a grid: its value holds the name and all settings."""
 
@@ -49,6 +53,11 @@ def settings_of(trial: Any) -> dict[str, Any]:
 def name_of(trial: Any) -> str:
     """What a trial of Ray Tune is called: the name in its settings, or its id."""
     return str(settings_of(trial).get("name", trial.trial_id))
+
+
+def ended_how(trial: Any, epochs: int) -> str:
+    """`finished`, or `stopped` before its last epoch."""
+    return "finished" if trial.last_result.get("epoch", 0) >= epochs else "stopped"
 
 
 class Follow(Callback):  # type: ignore[misc]
@@ -71,9 +80,8 @@ class Follow(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has run to its end, or was stopped."""
-        done = trial.last_result.get("epoch", 0) >= self.epochs
         for listener in _listeners:
-            listener.on_trial_end(name_of(trial), "finished" if done else "stopped")
+            listener.on_trial_end(name_of(trial), ended_how(trial, self.epochs))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed."""

@@ -14,6 +14,7 @@ from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.versions import git_commit, versions
 from tuning.follow import name_of, settings_of
+from tuning.keeping import surviving
 from tuning.record import RunRecord, Status, epoch_metrics, without_places
 from tuning.space import apply
 from tuning.tracking import TrackedRun, Tracker
@@ -66,7 +67,9 @@ def open_run(
         key: identity of the run; None takes the folder's, or a new random one.
         parent: e.g. the search.
     """
-    known = read_record(folder)
+    known = None
+    with surviving(f"{RECORD} of {name}"):
+        known = read_record(folder)
     record = RunRecord(
         key=key or (known.key if known else uuid.uuid4().hex),
         name=name,
@@ -75,7 +78,8 @@ def open_run(
         tags=dict(tags),
         config=without_places(config),
     )
-    write_record(folder, record)
+    with surviving(f"{RECORD} of {name}"):
+        write_record(folder, record)
     run = tracker.start_run(record, parent)
     if config:
         tracker.log_config(run, record.config)
@@ -95,7 +99,9 @@ def close_run(
 ) -> None:
     """Ends the run, with its last tags, and writes how it ended beside its metrics."""
     tags = dict(tags or {})
-    write_record(folder, run.record.model_copy(update={"status": status, "tags": {**run.record.tags, **tags}}))
+    ended = run.record.model_copy(update={"status": status, "tags": {**run.record.tags, **tags}})
+    with surviving(f"{RECORD} of {run.record.name}"):
+        write_record(folder, ended)
     if tags:
         tracker.set_tags(run, tags)
     tracker.end_run(run, status)

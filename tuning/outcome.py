@@ -1,24 +1,36 @@
 """What a search leaves behind: its trials, the best checkpoint, search.json; nothing that ran is left unsaid."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyarrow import fs
+import yaml
 from ray import tune
 
+from mpc.checkpoint import INFO
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
-from pipeline.checkpoints import BEST, best_of, publish
+from pipeline.checkpoints import best_of as best_stored
+from pipeline.checkpoints import found_in, publish
 from pipeline.config import RunConfig
 from pipeline.record import METRICS_FILE, MetricsLog
 from pipeline.worker import STORAGE_NAME
+from tuning import budget, journal
 from tuning.config import SearchConfig
-from tuning.space import Space
+from tuning.domains import Space
+from tuning.follow import CELL, STATE, TRIALS
+from tuning.keeping import best_of, best_value, delete_checkpoints
+from tuning.pareto import front
+from tuning.schedulers import rungs
+from tuning.searchers import COST
+from tuning.trial import LEGS_FILE
 
-TRIALS, SEARCH_FILE = "trials", "search.json"
+SEARCH_FILE = "search.json"
+RUN_FILE = "best.yaml"
+"""Settings of the best trial, its schedule included, for `train --config`."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +39,21 @@ class Trial:
 
     trial_id: str
     status: str
-    """`finished`, `stopped` (early, by the scheduler), `failed`, or `lost`: killed before Tune had noted it."""
+    """`finished`, `stopped` (early, by the scheduler or with the hours), `failed`, or `lost`: killed before Tune had
+    noted it."""
     params: dict[str, Any]
+    """What it tried; under population based training, what its best epoch's lineage began with."""
     epochs: int
     value: float | None
     """Best value of the searched metric over its epochs."""
     error: str | None
+    cost: float | None = None
+    """What `search.cost` names."""
+    started: float | None = None
+    """Seconds since 1970, like the next."""
+    ended: float | None = None
+    legs: list[dict[str, Any]] = field(default_factory=list)
+    """Population based training: where it took over weights, from whom, and what it went on with."""
 
 
 @dataclass(frozen=True)
@@ -56,80 +77,140 @@ def identity(run: RunConfig, config: SearchConfig, space: Space, card: DatasetCa
     }
 
 
-def conclude(
-    grid: tune.ResultGrid, run: RunConfig, config: SearchConfig, space: Space, card: DatasetCard, out: str
-) -> SearchResult:
-    """Writes search.json and best/, and deletes the checkpoints of all but the best `keep_trials` trials.
+class Conclusion:
+    """Makes the outcome of a search from Tune's results and the trials' own records.
 
-    Raises:
-        UserError: no trial reported the metric.
+    Args:
+        run: what every trial shares.
+        config: of the search.
+        space: what was searched.
+        card: of the data set.
+        out: folder of the search.
     """
-    results = {Path(result.path).name: result for result in grid}
-    trials = [_trial(trial_id, result, run, config, out) for trial_id, result in results.items()]
+
+    def __init__(self, run: RunConfig, config: SearchConfig, space: Space, card: DatasetCard, out: str) -> None:
+        self.run, self.config, self.space, self.card, self.out = run, config, space, card, out
+        self.folder = storage.join(out, TRIALS)
+
+    def write(self, grid: tune.ResultGrid, warm_start: Mapping[str, Any]) -> SearchResult:
+        """Writes search.json, best/ and best.yaml, and leaves checkpoints of the best `keep_trials` trials alone.
+
+        Raises:
+            UserError: no trial reported the metric.
+        """
+        results = {Path(result.path).name: result for result in grid}
+        trials = [self._trial(name, result) for name, result in results.items()]
+        lost = self._lost(results)
+        ranked = self._ranked(trials)
+        if not ranked:
+            spent = f": search.max_hours {self.config.max_hours:g} are spent" if self._out_of_hours else ""
+            reasons = sorted({trial.error or f"no epoch finished{spent}" for trial in trials})
+            raise UserError(f"none of {len(trials)} trials reported {self.config.metric}: {'; '.join(reasons)[:400]}")
+        best = ranked[0]
+        checkpoint = self._publish(best.trial_id)
+        kept = {trial.trial_id for trial in ranked[: self.config.keep_trials]}
+        for name in {trial.trial_id for trial in [*trials, *lost]} - kept:
+            delete_checkpoints(storage.join(self.out, STATE), self.folder, name)
+        everything = [*trials, *lost]
+        self._write_record(everything, best, warm_start)
+        info = json.loads(storage.read_bytes(storage.join(checkpoint, INFO)))
+        text = f"# {self.config.metric} {best.value:.4f}: trial {best.trial_id} of {storage.name(self.out)}\n"
+        storage.write_bytes(storage.join(self.out, RUN_FILE), (text + yaml.safe_dump(info["config"])).encode())
+        return SearchResult(everything, best, checkpoint)
+
+    def _write_record(self, trials: Sequence[Trial], best: Trial, warm_start: Mapping[str, Any]) -> None:
+        record = {
+            "schema_version": 1,
+            "synthetic": self.card.synthetic,
+            "metric": self.config.metric,
+            "mode": self.config.mode,
+            "max_epochs": self.run.train.epochs,
+            "max_trials": self.config.max_trials,
+            **identity(self.run, self.config, self.space, self.card),
+            "domains": {dimension.path: dimension.written() for dimension in self.space.dimensions},
+            "rungs": rungs(self.config, self.run.train.epochs),
+            "ended_by": "hours" if self._out_of_hours else "trials",
+            "warm_start": dict(warm_start),
+            "best": best.trial_id,
+            "pareto": pareto(trials, self.config),
+            "trials": [asdict(trial) for trial in trials],
+        }
+        storage.write_bytes(storage.join(self.out, SEARCH_FILE), json.dumps(record, indent=2).encode())
+
+    @property
+    def _out_of_hours(self) -> bool:
+        limit = self.config.max_hours
+        return limit is not None and budget.spent(storage.join(self.out, budget.FILE)) >= limit
+
+    def _trial(self, name: str, result: tune.Result) -> Trial:
+        history, note = MetricsLog(storage.join(self.folder, name)).read(), journal.read(self.folder, name)
+        legs = self._legs(name)
+        params = dict(result.config.get(CELL, result.config))
+        if legs:
+            epoch = self._best_epoch(history)
+            params = [leg for leg in legs if leg["epoch"] < epoch or leg is legs[0]][-1]["begun_with"]
+        last = history[-1]["epoch"] if history else 0
+        status = "failed" if result.error else "finished" if last >= self.run.train.epochs else "stopped"
+        error = str(result.error).strip().splitlines()[-1][:500] if result.error else None
+        return Trial(
+            trial_id=name,
+            status=status,
+            params=params,
+            epochs=len(history),
+            value=best_value(history, self.config),
+            error=error,
+            cost=(result.metrics or {}).get(COST),
+            started=note.get("started"),
+            ended=note.get("ended"),
+            legs=legs,
+        )
+
+    def _lost(self, known: Mapping[str, Any]) -> list[Trial]:
+        """Trials that left epochs but are not in Tune's state: a killed driver had not noted them yet."""
+        found = {uri.partition("?")[0].split("/")[-2] for uri in storage.list_files(self.folder, [METRICS_FILE])}
+        error = "killed with the driver before the search had noted it; another trial took its place"
+        lost = []
+        for name in sorted(found - known.keys()):
+            history = MetricsLog(storage.join(self.folder, name)).read()
+            settings = journal.read(self.folder, name).get("settings", {})
+            lost.append(Trial(name, "lost", settings, len(history), best_value(history, self.config), error))
+        return lost
+
+    def _legs(self, name: str) -> list[dict[str, Any]]:
+        uri = storage.join(self.folder, name, LEGS_FILE)
+        legs: list[dict[str, Any]] = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else []
+        return legs
+
+    def _best_epoch(self, history: Sequence[Mapping[str, Any]]) -> float:
+        """The epoch with the best value; 0 without one."""
+        best = best_value([dict(line) for line in history], self.config)
+        return next((line["epoch"] for line in history if best is not None and line[self.config.metric] == best), 0)
+
+    def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
+        """What ended well and has a value, the best first."""
+        sign = 1.0 if self.config.mode == "max" else -1.0
+        valued = [trial for trial in trials if trial.value is not None and trial.status != "failed"]
+        return sorted(valued, key=lambda trial: sign * (trial.value or 0.0), reverse=True)
+
+    def _publish(self, name: str) -> str:
+        """Copies the best checkpoint of the best trial to best/: with several workers the best by train.metric."""
+        if self.run.train.num_workers > 1:  # its checkpoints lie with Ray Train, in the trial's own folder
+            found = best_stored(storage.join(self.folder, name, STORAGE_NAME))
+            assert found is not None, "a trial with a value has stored an epoch"
+            return publish(found[0], self.out)
+        best = best_of(found_in(storage.join(self.out, STATE, name)), self.config)
+        if best is None:
+            raise UserError(f"{self.out}: the checkpoints of trial {name}, the best one, are gone; search anew")
+        return publish(best.checkpoint, self.out)
+
+
+def pareto(trials: Sequence[Trial], config: SearchConfig) -> list[str]:
+    """Ids of the trials that no other one beats in metric and cost, the cheapest first; empty for a single aim."""
+    if config.searcher != "pareto":
+        return []
     sign = 1.0 if config.mode == "max" else -1.0
-    ranked = sorted(
-        (trial for trial in trials if trial.value is not None and trial.status != "failed"),
-        key=lambda trial: sign * (trial.value or 0.0),
-        reverse=True,
+    return front(
+        (trial.cost, -sign * trial.value, trial.trial_id)
+        for trial in trials
+        if trial.value is not None and trial.cost is not None and trial.status in ("finished", "stopped")
     )
-    if not ranked:
-        reasons = sorted({trial.error or "no epoch finished" for trial in trials})
-        raise UserError(f"none of {len(trials)} trials reported {config.metric}: {'; '.join(reasons)[:400]}")
-    best = ranked[0]
-    checkpoint = _publish(results[best.trial_id], best, run, config, out)
-    kept = {trial.trial_id for trial in ranked[: config.keep_trials]}
-    for trial_id in results.keys() - kept:
-        _delete_checkpoints(results[trial_id], storage.join(out, TRIALS, trial_id))
-    everything = [*trials, *_lost(results, config, out)]
-    record = {
-        "schema_version": 1,
-        "synthetic": card.synthetic,
-        "metric": config.metric,
-        "mode": config.mode,
-        "max_epochs": run.train.epochs,
-        "max_trials": config.max_trials,
-        **identity(run, config, space, card),
-        "best": best.trial_id,
-        "trials": [asdict(trial) for trial in everything],
-    }
-    storage.write_bytes(storage.join(out, SEARCH_FILE), json.dumps(record, indent=2).encode())
-    return SearchResult(everything, best, checkpoint)
-
-
-def _trial(trial_id: str, result: tune.Result, run: RunConfig, config: SearchConfig, out: str) -> Trial:
-    epochs, value = _history(trial_id, config, out)
-    status = "failed" if result.error else "finished" if epochs >= run.train.epochs else "stopped"
-    error = str(result.error).strip().splitlines()[-1][:500] if result.error else None
-    return Trial(trial_id, status, dict(result.config), epochs, value, error)
-
-
-def _lost(known: dict[str, Any], config: SearchConfig, out: str) -> list[Trial]:
-    """Trials that left epochs but are not in Tune's state: a killed driver had not noted them yet."""
-    folders = {Path(uri).parent.name for uri in storage.list_files(storage.join(out, TRIALS), [METRICS_FILE])}
-    error = "killed with the driver before the search had noted it; another trial took its place"
-    return [Trial(name, "lost", {}, *_history(name, config, out), error) for name in sorted(folders - known.keys())]
-
-
-def _history(trial_id: str, config: SearchConfig, out: str) -> tuple[int, float | None]:
-    """Epochs of a trial, and the best value among them."""
-    history = MetricsLog(storage.join(out, TRIALS, trial_id)).read()
-    values = [line[config.metric] for line in history if line.get(config.metric) is not None]
-    return len(history), (max if config.mode == "max" else min)(values, default=None)
-
-
-def _publish(result: tune.Result, best: Trial, run: RunConfig, config: SearchConfig, out: str) -> str:
-    """Copies the best checkpoint of the best trial to best/: with several workers the best by train.metric."""
-    if run.train.num_workers > 1:  # its checkpoints lie with Ray Train, in the trial's own folder
-        found = best_of(storage.join(out, TRIALS, best.trial_id, STORAGE_NAME))
-        assert found is not None, "a trial with a value has stored an epoch"
-        return publish(found[0], out)
-    return publish(result.get_best_checkpoint(config.metric, config.mode), out)
-
-
-def _delete_checkpoints(result: tune.Result, folder: str) -> None:
-    """Of Tune, which keeps one more than it lists, and of Ray Train below `folder`."""
-    for entry in result.filesystem.get_file_info(fs.FileSelector(result.path, allow_not_found=True)):
-        if entry.base_name.startswith("checkpoint_"):
-            result.filesystem.delete_dir(entry.path)
-    for name in (STORAGE_NAME, BEST):
-        storage.delete(storage.join(folder, name))

@@ -12,7 +12,7 @@ from mpc.config import Config
 from pipeline.dotted import flat
 from pipeline.meter import RATIOS
 
-METRICS = frozenset({"lr", "ramp", "loss", "images_per_s", "data_wait_share", "seconds", *RATIOS})
+METRICS = frozenset({"lr", "ramp", "loss", "images_per_s", "data_wait_share", "seconds", "cost", *RATIOS})
 PREFIXES = ("loss_", "val_", "system/")
 
 

@@ -1,29 +1,37 @@
 """A search on Ray Tune: trials, early stopping, resumption, and what a search leaves behind."""
 
+import json
+import logging
+import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ray
 from ray import tune
-from ray.tune import Callback
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune import Callback, Stopper
 
 from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
-from pipeline.card import read_card
+from pipeline.card import DatasetCard, read_card
 from pipeline.config import RunConfig
 from pipeline.record import claim
 from pipeline.scoring import require_validation
+from tuning.budget import Hours
 from tuning.config import SearchConfig
-from tuning.follow import Follow, SearchListener, followed, name_of
-from tuning.outcome import TRIALS, SearchResult, conclude, identity
-from tuning.space import Space
+from tuning.domains import Space
+from tuning.follow import STATE, TRIALS, Follow, SearchListener, followed, name_of
+from tuning.journal import Journal
+from tuning.keeping import Keep
+from tuning.outcome import Conclusion, SearchResult, identity
+from tuning.resources import POPULATIONS, Plan, asked, cluster, plan
+from tuning.schedulers import make_scheduler
+from tuning.searchers import Beginning, Known, Proposals, make_proposals
 from tuning.trial import run_trial
 
-STATE = "tune"
+log = logging.getLogger(__name__)
+
+BEGINNING_FILE = "warm_start.json"
 
 
 def search(
@@ -34,10 +42,11 @@ def search(
     out: str,
     *,
     resume: bool = False,
+    beginning: Beginning = Beginning(),  # noqa: B008, immutable
     listeners: Sequence[SearchListener] = (),
     callbacks: Sequence[Callback] = (),
 ) -> SearchResult:
-    """Searches `space` around `run`; leaves trials/, search.json and the best checkpoint as best/.
+    """Searches `space` around `run`; leaves trials/, search.json, best.yaml and the best checkpoint as best/.
 
     Args:
         run: what every trial shares.
@@ -47,6 +56,7 @@ def search(
         out: folder or s3:// prefix of this search; its identity.
         resume: continue what lies there; finished trials are not run again. Tune's own state is a pickle: resume only
             from storage that you trust as you trust code.
+        beginning: what earlier searches found; a resumed search has it already.
         listeners: who follows, from this process.
         callbacks: Tune callbacks, such as the one that logs to MLflow; they must pickle.
 
@@ -58,65 +68,86 @@ def search(
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
     require_validation(card, run.data.val_labels)
+    make_scheduler(config, run, space, storage.join(out, TRIALS))
     runtime.start(dashboard=run.train.num_workers > 1)
+    placed = plan(run, config, cluster())
+    make_proposals(config, space, placed.concurrent)
     claim(out, identity(run, config, space, card), resume=resume)
-    concurrent = concurrency(run, config, ray.cluster_resources())
-    trainable = tune.with_resources(
-        partial(run_trial, base=run.model_dump(mode="json"), data=data, out=storage.join(out, TRIALS)),
-        trial_resources(run),
-    )
-    tuner = restored(trainable, space.param_space(), out) if resume else None
+    for note in placed.notes:
+        log.warning(note)
+    work = Work(run, config, space, card, data, out, placed)
+    tuner = restored(work.trainable(), out) if resume else None
     if tuner is None:
-        # the best ones and the latest; more than one, because after a kill Tune's state may name an older one
-        kept = tune.CheckpointConfig(
-            num_to_keep=3, checkpoint_score_attribute=config.metric, checkpoint_score_order=config.mode
-        )
-        following = [Follow(run.train.epochs), *callbacks]
-        tuner = fresh(trainable, space.param_space(), out, _tune_config(run, config, concurrent), kept, following)
+        _note(out, beginning)
+        tuner = work.tuner(beginning.known, [*work.callbacks(), *callbacks])
+    random.seed(config.seed)  # population based training draws from it
     with followed(listeners):
         grid = tuner.fit()
-    return conclude(grid, run, config, space, card, out)
+    return Conclusion(run, config, space, card, out).write(grid, json.loads(storage.read_bytes(_noted(out))))
 
 
-def trial_resources(run: RunConfig) -> dict[str, float]:
-    """What a trial asks of Ray: its worker's CPUs and GPU, or, with several workers, nothing but its driver."""
-    if run.train.num_workers > 1:
-        return {"CPU": 0.01}
-    return {"CPU": run.worker_cpus, **({"GPU": 1.0} if run.train.use_gpu else {})}
+@dataclass(frozen=True)
+class Work:
+    """A search in Ray Tune's terms."""
 
+    run: RunConfig
+    config: SearchConfig
+    space: Space
+    card: DatasetCard
+    data: str
+    out: str
+    placed: Plan
 
-def concurrency(run: RunConfig, config: SearchConfig, resources: dict[str, float]) -> int:
-    """Trials at a time, such that reading tasks always find a CPU: a search that takes every CPU would wait for ever.
-
-    Raises:
-        UserError: not even one trial fits beside `search.cpus_for_data`.
-    """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    a_trial = run.train.num_workers * run.worker_cpus
-    fits = int((cpus - config.cpus_for_data) / a_trial + 1e-9)
-    if run.train.use_gpu:
-        fits = min(fits, int(gpus / run.train.num_workers))
-    if fits < 1:
-        raise UserError(
-            f"a trial needs {a_trial:g} CPUs{' and a GPU' if run.train.use_gpu else ''} beside "
-            f"{config.cpus_for_data:g} CPUs for data, the cluster has {cpus:g} CPUs and {gpus:g} GPUs; "
-            f"lower train.num_workers, train.worker_cpus or search.cpus_for_data"
+    def trainable(self) -> Any:
+        """What a trial runs, with what it asks for."""
+        function = partial(
+            run_trial,
+            base=self.run.model_dump(mode="json"),
+            search=self.config.model_dump(mode="json"),
+            data=self.data,
+            out=self.out,
         )
-    return min(fits, config.max_concurrent or fits)
+        paused = self.config.scheduler in POPULATIONS
+        return tune.with_resources(function, asked(self.run, self.placed.concurrent if paused else None))
 
+    @property
+    def trials(self) -> str:
+        """The folder with one folder a trial."""
+        return storage.join(self.out, TRIALS)
 
-def _tune_config(run: RunConfig, config: SearchConfig, concurrent: int) -> tune.TuneConfig:
-    return tune.TuneConfig(
-        metric=config.metric,
-        mode=config.mode,
-        search_alg=_searcher(config, concurrent),
-        scheduler=_scheduler(config, run.train.epochs),
-        num_samples=config.max_trials,
-        max_concurrent_trials=concurrent,
-        time_budget_s=config.max_hours * 3600 if config.max_hours else None,
-        reuse_actors=run.train.num_workers == 1,
-        trial_dirname_creator=name_of,
-    )
+    def callbacks(self) -> list[Callback]:
+        """Who follows in any case."""
+        epochs, state = self.run.train.epochs, storage.join(self.out, STATE)
+        return [Follow(epochs), Journal(self.trials, epochs), Keep(self.config, state, self.trials)]
+
+    def tuner(self, known: Sequence[Known], callbacks: Sequence[Callback]) -> tune.Tuner:
+        """A tuner that begins."""
+        proposals = make_proposals(self.config, self.space, self.placed.concurrent, known)
+        # what is kept is decided by `Keep`: by Tune's own count, a population would lose what it goes on from
+        checkpoints = tune.CheckpointConfig(
+            checkpoint_score_attribute=self.config.metric, checkpoint_score_order=self.config.mode
+        )
+        return fresh(
+            self.trainable(),
+            proposals.param_space,
+            self.out,
+            self._tune_config(proposals),
+            checkpoints,
+            callbacks,
+            failures=self.run.train.max_failures,
+            stop=Hours(self.config.max_hours, self.out),
+        )
+
+    def _tune_config(self, proposals: Proposals) -> tune.TuneConfig:
+        limited = self.config.scheduler not in POPULATIONS
+        return tune.TuneConfig(
+            search_alg=proposals.algorithm,
+            scheduler=make_scheduler(self.config, self.run, self.space, self.trials),
+            num_samples=proposals.samples,
+            max_concurrent_trials=self.placed.concurrent if limited else None,
+            reuse_actors=self.run.train.num_workers == 1,
+            trial_dirname_creator=name_of,
+        )
 
 
 def fresh(
@@ -126,8 +157,22 @@ def fresh(
     config: tune.TuneConfig,
     checkpoints: tune.CheckpointConfig,
     callbacks: Sequence[Callback],
+    *,
+    failures: int = 0,
+    stop: Stopper | None = None,
 ) -> tune.Tuner:
-    """A tuner whose state lies in `out`, silent but for its callbacks."""
+    """A tuner whose state lies in `out`, silent but for its callbacks.
+
+    Args:
+        trainable: what a trial runs.
+        param_space: what Tune itself draws.
+        out: folder of the search.
+        config: searcher and scheduler.
+        checkpoints: which ones Tune keeps.
+        callbacks: who follows.
+        failures: how often a trial that failed, or whose machine was lost, goes on from its last checkpoint.
+        stop: ends the search.
+    """
     filesystem, path = storage.resolve(out)
     return tune.Tuner(
         trainable,
@@ -138,14 +183,18 @@ def fresh(
             storage_path=path,
             storage_filesystem=filesystem if storage.is_remote(out) else None,
             checkpoint_config=checkpoints,
+            failure_config=tune.FailureConfig(max_failures=failures),
+            stop=stop,
             callbacks=list(callbacks),
             verbose=0,
         ),
     )
 
 
-def restored(trainable: Any, param_space: dict[str, Any], out: str) -> tune.Tuner | None:
+def restored(trainable: Any, out: str) -> tune.Tuner | None:
     """The search that lies in `out`; None where it was killed before Tune had written anything.
+
+    A trial that had failed goes on under its own id: under a new one, the searcher would not know it.
 
     Raises:
         MissingError: nothing lies there.
@@ -160,30 +209,18 @@ def restored(trainable: Any, param_space: dict[str, Any], out: str) -> tune.Tune
         path,
         trainable,
         resume_unfinished=True,
-        restart_errored=True,
-        param_space=param_space,
+        resume_errored=True,
         storage_filesystem=remote,
     )
 
 
-def _searcher(config: SearchConfig, concurrent: int) -> Searcher | SearchAlgorithm:
-    if config.searcher == "random":
-        # max_concurrent_trials of TuneConfig does not reach this one
-        return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed)
-    import optuna
-    from optuna.samplers import TPESampler
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = TPESampler(multivariate=True, seed=config.seed, n_startup_trials=min(10, max(3, config.max_trials // 3)))
-    return OptunaSearch(metric=config.metric, mode=config.mode, sampler=sampler)
+def _noted(out: str) -> str:
+    return storage.join(out, BEGINNING_FILE)
 
 
-def _scheduler(config: SearchConfig, epochs: int) -> TrialScheduler:
-    if config.scheduler == "none":
-        return FIFOScheduler()
-    return ASHAScheduler(
-        time_attr="epoch",  # our own count: Tune's training_iteration starts anew after a restore
-        max_t=epochs,
-        grace_period=min(config.grace_epochs, epochs),
-        reduction_factor=config.reduction_factor,
+def _note(out: str, beginning: Beginning) -> None:
+    """What the search begins with, for search.json at its end."""
+    used = [{"settings": trial.settings, "value": trial.value} for trial in beginning.known]
+    storage.write_bytes(
+        _noted(out), json.dumps({"used": used, "left_out": list(beginning.left_out)}, indent=1).encode()
     )

@@ -4,78 +4,46 @@ optim.lr: {loguniform: [0.0003, 0.01]}
 loss.lambda_ipc: {uniform: [0.1, 2.0]}
 views.red.rms: {quniform: [0.0, 0.014, 0.002]}
 views.strong.ops: {int: [1, 3]}
-loss.sup: {choice: [an, wan]}
+loss.sup: {choice: [an, wan, em]}
+baseline.em_alpha: {loguniform: [0.05, 0.4], when: {loss.sup: em}}
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from importlib.resources import files
+from itertools import combinations
+from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from mpc.errors import MissingError, UserError
 from pipeline.config import RunConfig
-from pipeline.dotted import check_path, merge, nested, validate
+from pipeline.dotted import check_path, leaves, merge, nested, validate
+from tuning.domains import CHOICE, KINDS, WHEN, Dimension, Settings, Space
 
-ARITY = {"uniform": 2, "loguniform": 2, "quniform": 3, "int": 2}
-"""Numbers that a kind takes: low, high, and for `quniform` the step. `int` includes both ends."""
-
-
-class Dimension(NamedTuple):
-    """One searched value."""
-
-    path: str
-    kind: str
-    """`uniform`, `loguniform`, `quniform`, `int` or `choice`."""
-    values: tuple[Any, ...]
-
-    def edges(self) -> tuple[Any, ...]:
-        """Values that must be valid for every value in between to be: both bounds, or each choice."""
-        return self.values if self.kind == "choice" else self.values[:2]
-
-    def domain(self) -> Any:
-        """The dimension in Ray Tune's terms."""
-        from ray import tune
-
-        if self.kind == "choice":
-            return tune.choice(list(self.values))
-        if self.kind == "int":
-            return tune.randint(self.values[0], self.values[1] + 1)
-        return getattr(tune, self.kind)(*self.values)
-
-
-class Space(NamedTuple):
-    """What is searched."""
-
-    dimensions: tuple[Dimension, ...]
-
-    def param_space(self) -> dict[str, Any]:
-        """Dotted path to domain, as Ray Tune takes it."""
-        return {dimension.path: dimension.domain() for dimension in self.dimensions}
-
-    def describe(self) -> list[tuple[str, str]]:
-        """Path and domain of every dimension, for people."""
-        return [(d.path, f"{d.kind} {', '.join(map(str, d.values))}") for d in self.dimensions]
+FIXED = ("train.epochs", "train.num_workers", "train.use_gpu", "train.gpus", "train.worker_cpus", "train.schedule",
+         "train.checkpoint_every", "train.max_failures", "data.backend", "data.tasks", "data.task_cpus")  # fmt: skip
+"""What all trials share: epochs, and what they ask of the cluster."""
+CORNERS = 256
+"""Up to so many corners of a space are all tried on the configuration; of a larger one, every pair of edges."""
 
 
 def load(name: str, base: RunConfig) -> Space:
     """The space in a YAML file, or one that ships with the presets, by its name.
 
     Raises:
-        UserError: unknown key, unknown kind, wrong bounds, or a bound that `base` does not allow.
+        UserError: unknown key or domain, wrong bounds or conditions, or values that `base` does not allow.
     """
-    text = _text(name)
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.safe_load(_text(name))
     except yaml.YAMLError as error:
         raise UserError(f"{name}: is not valid YAML; mend its syntax") from error
     if not isinstance(tree, Mapping) or not tree:
         raise UserError(f"{name}: holds no mapping; write lines such as `optim.lr: {{loguniform: [0.0003, 0.01]}}`")
-    space = Space(tuple(_dimension(str(path), spec, name) for path, spec in tree.items()))
-    for dimension in space.dimensions:
-        for value in dimension.edges():
-            apply(base, {dimension.path: value}, f"{name}: {dimension.path}")
+    space = Space(_ordered([_dimension(str(path), spec, name) for path, spec in tree.items()], name))
+    check(space, base, name)
     return space
 
 
@@ -89,6 +57,50 @@ def apply(base: RunConfig, values: Mapping[str, Any], where: str) -> RunConfig:
     for path, value in values.items():
         tree = merge(tree, nested(path, value))
     return validate(RunConfig, tree, where)
+
+
+def check(space: Space, base: RunConfig, where: str) -> None:
+    """Tries the edges of every dimension on `base`, each alone and then together.
+
+    Raises:
+        UserError: what the configuration refuses.
+    """
+    for change in base.train.schedule:
+        both = sorted(change.settings.keys() & {dimension.path for dimension in space.dimensions})
+        if both:
+            raise UserError(f"{where}: {both[0]} is searched, and train.schedule sets it; leave it out of one of them")
+    pins = [(dimension.path, edge) for dimension in space.dimensions for edge in dimension.edges()]
+    for pin in pins:
+        _try(space, base, [pin], where)
+    if prod(len(dimension.edges()) for dimension in space.dimensions) <= CORNERS:
+        for settings in space.combinations(lambda dimension: dimension.edges()):
+            apply(base, settings, f"{where}: {_together(settings.items())}")
+    else:
+        for one, other in combinations(pins, 2):
+            _try(space, base, [one, other], where)
+
+
+def _try(space: Space, base: RunConfig, pins: Sequence[tuple[str, Any]], where: str) -> None:
+    settings = _completed(space, dict(pins))
+    if settings is not None and len(dict(pins)) == len(pins):
+        apply(base, settings, f"{where}: {_together(pins)}")
+
+
+def _together(settings: Any) -> str:
+    return " with ".join(f"{path} {value}" for path, value in settings)
+
+
+def _completed(space: Space, pins: Settings) -> Settings | None:
+    """Settings that hold `pins`, what these depend on, and the first value of the rest; None if pins exclude others."""
+    for dimension in reversed(space.dimensions):
+        for path, allowed in dimension.when if dimension.path in pins else ():
+            if pins.setdefault(path, allowed[0]) not in allowed:
+                return None
+    settings: Settings = {}
+    for dimension in space.dimensions:
+        if dimension.active(settings):
+            settings[dimension.path] = pins.get(dimension.path, dimension.edges()[0])
+    return settings
 
 
 def _text(name: str) -> str:
@@ -106,21 +118,85 @@ def _text(name: str) -> str:
 
 
 def _dimension(path: str, spec: Any, where: str) -> Dimension:
+    """One line of the file."""
     check_path(RunConfig, path, where)
-    if not isinstance(spec, Mapping) or len(spec) != 1:
+    if path not in set(leaves(RunConfig)):
+        raise UserError(f"{where}: {path} is a section; search the settings in it, such as {path}.{_first(path)}")
+    if path in FIXED:
+        raise UserError(f"{where}: {path} is the same for all trials; set it with --set {path}=...")
+    domains = {kind: values for kind, values in spec.items() if kind != WHEN} if isinstance(spec, Mapping) else {}
+    if len(domains) != 1:
         raise UserError(f"{where}: {path} needs one domain, such as {{uniform: [0.1, 2.0]}}")
-    kind, values = next(iter(spec.items()))
-    if kind not in ARITY and kind != "choice":
-        raise UserError(f"{where}: {path} has unknown domain {kind}; use {', '.join([*ARITY, 'choice'])}")
+    kind, values = next(iter(domains.items()))
+    if kind not in KINDS and kind != CHOICE:
+        raise UserError(f"{where}: {path} has unknown domain {kind}; use {', '.join([*KINDS, CHOICE])}")
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}: {path} needs a list of values after {kind}")
-    if kind == "choice":
-        return Dimension(path, kind, tuple(values))
-    numbers = int if kind == "int" else int | float
-    if len(values) != ARITY[kind] or not all(isinstance(v, numbers) and not isinstance(v, bool) for v in values):
-        raise UserError(f"{where}: {path}: {kind} takes {ARITY[kind]} numbers, found {values}")
-    if values[0] >= values[1] or (kind == "loguniform" and values[0] <= 0):
-        raise UserError(
-            f"{where}: {path}: the lower bound {values[0]} must lie below {values[1]} (loguniform: above 0)"
-        )
-    return Dimension(path, kind, tuple(values))
+    read = _choices if kind == CHOICE else _numbers
+    return Dimension(path, kind, read(f"{where}: {path}", kind, values), _when(path, spec.get(WHEN), where))
+
+
+def _first(section: str) -> str:
+    """The first setting of a section, as an example."""
+    return next(leaf.removeprefix(f"{section}.") for leaf in leaves(RunConfig) if leaf.startswith(f"{section}."))
+
+
+def _choices(where: str, kind: str, values: list[Any]) -> tuple[Any, ...]:
+    plain = (bool, int, float, str, type(None))
+    if not all(isinstance(value, plain) for value in values):
+        raise UserError(f"{where}: {kind} takes numbers, texts, true, false and null, found {values}")
+    return tuple(values)
+
+
+def _numbers(where: str, kind: str, values: list[Any]) -> tuple[Any, ...]:
+    """Bounds, and the step where the kind has one."""
+    numbers, count = [_number(value) for value in values], 3 if KINDS[kind].stepped else 2
+    wanted = int if KINDS[kind].integer else int | float
+    if len(numbers) != count or not all(isinstance(n, wanted) and not isinstance(n, bool) for n in numbers):
+        raise UserError(f"{where}: {kind} takes {count} {'whole ' * KINDS[kind].integer}numbers, found {values}")
+    low, high, step = [*numbers, None][:3]
+    if low >= high or (KINDS[kind].log and low <= 0):
+        raise UserError(f"{where}: the lower bound {low} must lie below {high} ({kind}: above 0)" if KINDS[kind].log
+                        else f"{where}: the lower bound {low} must lie below {high}")  # fmt: skip
+    if step is not None and (step <= 0 or abs((high - low) / step - round((high - low) / step)) > 1e-6):
+        raise UserError(f"{where}: from {low} to {high} are no whole steps of {step}; change one of them")
+    return tuple(numbers)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 leaves 1e-4 a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _when(path: str, spec: Any, where: str) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """The condition of a line: `{loss.sup: em}` or `{loss.sup: [em, an]}`; several must all hold."""
+    if spec is None:
+        return ()
+    if not isinstance(spec, Mapping) or not spec:
+        raise UserError(f"{where}: {path}: write its condition as when: {{loss.sup: em}}")
+    return tuple((str(key), tuple(value) if isinstance(value, list) else (value,)) for key, value in spec.items())
+
+
+def _ordered(dimensions: list[Dimension], where: str) -> tuple[Dimension, ...]:
+    """The dimensions with every condition behind what it names.
+
+    Raises:
+        UserError: a condition on something that is not searched, is no choice, or never takes that value; a circle.
+    """
+    by_path = {dimension.path: dimension for dimension in dimensions}
+    for dimension in dimensions:
+        for path, allowed in dimension.when:
+            parent = by_path.get(path)
+            if parent is None or parent.kind != CHOICE:
+                raise UserError(f"{where}: {dimension.path}: when names {path}, which is no choice of this space")
+            never = [value for value in allowed if value not in parent.values]
+            if never or not allowed:
+                raise UserError(f"{where}: {dimension.path}: when names {path} {never}, which it never takes")
+    graph = {dimension.path: {path for path, _ in dimension.when} for dimension in dimensions}
+    try:
+        return tuple(by_path[path] for path in TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise UserError(f"{where}: conditions run in a circle: {' -> '.join(error.args[1])}") from error

@@ -114,16 +114,21 @@ def tune(
 
     found = load(space, run_config(settings))
     if dry_run:
+        from infra.planning import show_search
+
         show_plan(settings, data, out)
-        table(f"searched in up to {settings.search.max_trials} trials", ["setting", "values"], found.describe())
+        show_search(settings, found, data, out, tracking_uri(settings, out))
         return
     from infra.searching import report, search
+    from pipeline import storage
+    from tuning.outcome import RUN_FILE
 
     with progress("tune") as display:
         result = search(settings, found, data, out, tracking_uri(settings, out), display, resume, verbose)
     show_trials(result, settings.search.metric, settings.search.mode)
     say(f"best checkpoint: {result.best_checkpoint}")
-    say(f"report: {report(settings, fetch(result.best_checkpoint), data, out)}")
+    say(f"its settings, for train --config: {storage.join(out, RUN_FILE)}")
+    say(f"what was found: {report(settings, fetch(result.best_checkpoint), data, out)}")
 
 
 def show_trials(result: "SearchResult", metric: str, mode: str) -> None:

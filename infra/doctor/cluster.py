@@ -69,8 +69,8 @@ def _version(name: str, found: Mapping[str, str]) -> str | None:
 
 def _size(settings: Settings, told: Mapping[str, Any]) -> list[Finding]:
     """What the cluster has at this moment."""
-    nodes = int(told["nodes"])
-    return plans(settings, told["resources"], f"the cluster of {nodes} node{'s' if nodes != 1 else ''}")
+    nodes = told["nodes"]
+    return plans(settings, nodes, f"the cluster of {len(nodes)} node{'s' if len(nodes) != 1 else ''}")
 
 
 def _ask(settings: Settings, target: Target) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def examine(settings: Settings, data: str | None, out: str) -> list[Finding]:
 
 def _here(settings: Settings) -> Iterator[Finding]:
     """What this machine has for a run and a search."""
-    yield from plans(settings, machine.resources(), "this machine")
+    yield from plans(settings, [machine.resources()], "this machine")
     yield machine.accelerator(settings)
 
 

@@ -10,12 +10,12 @@ MARK = "mpc-cxr-probe "
 
 
 def report() -> dict[str, object]:
-    """Versions, seconds since 1970, and what Ray has, as seen from inside a job."""
+    """Versions, seconds since 1970, and what each node has by Ray's names, as seen from inside a job."""
     import ray
 
     runtime.start()
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    return {"versions": versions(), "time": time.time(), "nodes": nodes, "resources": ray.cluster_resources()}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return {"versions": versions(), "time": time.time(), "nodes": nodes}
 
 
 if __name__ == "__main__":

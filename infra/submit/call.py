@@ -93,7 +93,7 @@ def space(call: Call) -> dict[str, Any] | None:
     from tuning.space import load
 
     found = load(call.params["space"], files.run_config(call.settings))
-    return {dimension.path: {dimension.kind: list(dimension.values)} for dimension in found.dimensions}
+    return {dimension.path: dimension.written() for dimension in found.dimensions}
 
 
 def places(call: Call) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,8 @@ from pipeline.card import read_card
 from pipeline.checkpoints import BEST, opened, publish
 from pipeline.config import RunConfig
 from pipeline.evaluate import evaluate
-from pipeline.loop import Loop, Metrics
+from pipeline.host import Metrics
+from pipeline.loop import Loop
 from tuning.follow import CELL
 from tuning.space import apply
 from tuning.trial import TuneHost

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import ray
 from pyarrow import fs
 from ray import tune
 from ray.tune import Callback
@@ -15,8 +14,9 @@ from pipeline import storage
 from pipeline.config import RunConfig
 from tuning.benchmark.cells import Cell, run_cell
 from tuning.config import SearchConfig
-from tuning.follow import CELL, Follow, SearchListener, followed, name_of
-from tuning.search import STATE, concurrency, fresh, restored, trial_resources
+from tuning.follow import CELL, STATE, Follow, SearchListener, followed, name_of
+from tuning.resources import asked, cluster, plan
+from tuning.search import fresh, restored
 
 CELLS = "cells"
 
@@ -74,28 +74,24 @@ def run_cells(
             metric=metric,
             test=test,
         ),
-        trial_resources(first),
+        asked(first),
     )
     param_space = {CELL: tune.grid_search([cell.params() for cell in cells])}
-    limit = concurrency(first, SearchConfig(max_concurrent=concurrent, cpus_for_data=first.cpus_beside), _cluster())
-    tuner = restored(trainable, param_space, out) if storage.exists(storage.join(out, STATE)) else None
+    config = SearchConfig(max_concurrent=concurrent, cpus_for_data=first.cpus_beside)
+    limit = plan(first, config, cluster()).concurrent
+    tuner = restored(trainable, out) if storage.exists(storage.join(out, STATE)) else None
     if tuner is None:
-        config = tune.TuneConfig(
+        tuned = tune.TuneConfig(
             search_alg=BasicVariantGenerator(max_concurrent=limit),
             max_concurrent_trials=limit,
             reuse_actors=True,
             trial_dirname_creator=name_of,
         )
         following = [Follow(first.train.epochs), _Sweep(storage.join(out, STATE)), *callbacks]
-        tuner = fresh(trainable, param_space, out, config, tune.CheckpointConfig(num_to_keep=2), following)
+        tuner = fresh(trainable, param_space, out, tuned, tune.CheckpointConfig(num_to_keep=2), following)
     with followed(listeners):
         results = tuner.fit()
     return {str(r.config[CELL]["name"]): str(r.error).strip().splitlines()[-1][:300] for r in results if r.error}
-
-
-def _cluster() -> dict[str, float]:
-    found: dict[str, float] = ray.cluster_resources()
-    return found
 
 
 def require_one_worker(methods: Mapping[str, RunConfig]) -> None:

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pipeline import storage
 from tuning.benchmark.charts import forest
 from tuning.benchmark.results import SCORES
 from tuning.report.charts import ACCENT, FAILED, GREY, INK, SECOND, STOPPED, Line, over_epochs
+from tuning.report.environment import environment
 
 TABLE_FILE, PAGE_FILE = "table.md", "benchmark.html"
 TITLES = {"auroc": "macro AUROC", "ap": "mAP"}
@@ -33,14 +32,7 @@ def write_table(found: Found, out: str) -> str:
 
 def write_page(found: Found, out: str) -> str:
     """Writes benchmark.html into `out`; its place. One file, no network."""
-    environment = Environment(
-        loader=PackageLoader("tuning.report", "template"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("benchmark.html.j2").render(**_content(found))
+    page = environment().get_template("benchmark.html.j2").render(**_content(found))
     place = storage.join(out, PAGE_FILE)
     storage.write_bytes(place, page.encode())
     return place

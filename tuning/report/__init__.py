@@ -1,6 +1,7 @@
-"""report.html: what was trained on what, how well it does, what a search tried, pictures; one file, no network."""
+"""Pages of one file without network: report.html, how good a model is; search.html, what a search found."""
 
 from tuning.report.files import search_beside
 from tuning.report.page import write_report
+from tuning.report.searched import write_search
 
-__all__ = ["search_beside", "write_report"]
+__all__ = ["search_beside", "write_report", "write_search"]

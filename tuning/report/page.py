@@ -5,16 +5,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pipeline import storage
 from pipeline.overlay import scale
 from tuning.report import judgement, pictures, results, trials
 from tuning.report.charts import STATUS_COLOURS
+from tuning.report.environment import environment
 from tuning.report.files import Inputs, read_inputs
 
 TEMPLATE = "report.html.j2"
-DASH, MINUS = "–", "−"
 
 
 def write_report(out: str, *, evaluation: str, data: str, checkpoint: Path, search: str | None, title: str) -> None:
@@ -33,7 +31,7 @@ def write_report(out: str, *, evaluation: str, data: str, checkpoint: Path, sear
         UserError: files that do not belong together.
     """
     inputs = read_inputs(evaluation, data, checkpoint, search)
-    page = _environment().get_template(TEMPLATE).render(title=title, **_content(inputs))
+    page = environment().get_template(TEMPLATE).render(title=title, **_content(inputs))
     storage.write_bytes(out, page.encode())
 
 
@@ -124,64 +122,3 @@ def _command(inputs: Inputs) -> str:
     if "comparison" in inputs.metrics:
         settings += ["--set", f"evaluate.compare={inputs.metrics['comparison']['rival']}"]
     return shlex.join(["mpc-cxr", "evaluate", *model, *places, *settings])
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("tuning.report", "template"),
-        autoescape=True,  # names of findings, trials and folders are the user's
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(score=_score, percent=_percent, count=_count, words=_words, value=_value)
-    environment.filters.update(interval=_interval, percents=_percents, signed=_signed, place=_place)
-    environment.filters.update(signed_interval=_signed_interval, breakable=_breakable)
-    return environment
-
-
-def _score(value: float | None, digits: int = 3) -> str:
-    return DASH if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None, digits: int = 0) -> str:
-    return DASH if value is None else f"{100 * value:.{digits}f} %"
-
-
-def _signed(value: float | None, digits: int = 3) -> str:
-    return DASH if value is None else f"{value:+.{digits}f}".replace("-", MINUS)
-
-
-def _interval(bounds: list[float]) -> str:
-    return f"{bounds[0]:.3f}{DASH}{bounds[1]:.3f}"
-
-
-def _percents(bounds: list[float]) -> str:
-    return f"{100 * bounds[0]:.0f}{DASH}{100 * bounds[1]:.0f}"
-
-
-def _signed_interval(bounds: list[float]) -> str:
-    return f"{_signed(bounds[0])} to {_signed(bounds[1])}"
-
-
-def _place(value: float, low: float, high: float) -> float:
-    """Where a value lies between two ends, in per cent; what lies outside is at the end."""
-    return round(100 * min(1.0, max(0.0, (value - low) / (high - low))), 1)
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _breakable(path: str) -> str:
-    """A dotted path that a narrow column may break (zero-width spaces)."""
-    return path.replace(".", ".\u200b").replace("_", "_\u200b")
-
-
-def _value(value: Any) -> str:
-    """A setting of a trial: three significant digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -26,6 +26,16 @@ def search_section(inputs: Inputs) -> dict[str, Any] | None:
     record = inputs.search
     if record is None:
         return None
+    return {
+        **section(record),
+        "curves": learning_curves(inputs.histories, record),
+        "is_best": _is_best(inputs, record),
+        "same_data": record["data_digest"] == inputs.info.data_digest,
+    }
+
+
+def section(record: dict[str, Any]) -> dict[str, Any]:
+    """What search.json alone says: counts of trials, what was searched, the table of trials, the best first."""
     sign = -1.0 if record["mode"] == "max" else 1.0
     trials = sorted(record["trials"], key=lambda t: (t["value"] is None, sign * (t["value"] or 0.0)))
     budget = record["max_epochs"] * len(trials)
@@ -39,6 +49,7 @@ def search_section(inputs: Inputs) -> dict[str, Any] | None:
         "scheduler": record["search"]["scheduler"],
         "space": sorted(record["space"].items()),
         "counts": [(count, WORDS[status], STATUS_COLOURS[status]) for status, count in counts.items() if count],
+        "stopped": counts["stopped"],
         "total": len(trials),
         "trained": trained,
         "budget": budget,
@@ -47,17 +58,14 @@ def search_section(inputs: Inputs) -> dict[str, Any] | None:
         "trials": [_row(trial, record["best"]) for trial in trials[:MAX_TRIALS]],
         "reasons": any(trial["error"] for trial in trials),
         "left_out": max(0, len(trials) - MAX_TRIALS),
-        "curves": learning_curves(inputs, record),
-        "is_best": _is_best(inputs, record),
-        "same_data": record["data_digest"] == inputs.info.data_digest,
     }
 
 
-def learning_curves(inputs: Inputs, record: dict[str, Any]) -> Chart | None:
+def learning_curves(histories: dict[str, list[dict[str, Any]]], record: dict[str, Any]) -> Chart | None:
     """The searched metric of every trial over epochs; a cross ends the stopped and the failed ones."""
     lines = []
     for trial in sorted(record["trials"], key=lambda trial: trial["trial_id"] == record["best"]):
-        epochs = [line for line in inputs.histories[trial["trial_id"]] if line.get(record["metric"]) is not None]
+        epochs = [line for line in histories[trial["trial_id"]] if line.get(record["metric"]) is not None]
         if not epochs:
             continue
         best = trial["trial_id"] == record["best"]

@@ -1,0 +1,331 @@
+"""What a search costs beside its trials, and what ASHA saves, on synthetic radiographs; each part continues where it
+was stopped.
+
+    python benchmarks/search.py overhead --out runs/overhead     # against the same trials by hand; about 20 minutes
+    python benchmarks/search.py curves --out runs/curves         # 81 settings x 27 epochs x 5 seeds: 40 minutes of CPU
+    python benchmarks/search.py asha --out runs/curves           # Ray's ASHA over these curves; 5 minutes
+
+overhead: the same settings, loop, Ray Data stream and checkpoints, once in one process after the other, once as a
+search with one trial at a time; both start Ray, which is shown apart. A trial lasts at least a minute.
+asha: every setting is trained once to the end and its learning curve kept; then Ray Tune runs the real scheduler over
+trials that only report these curves. Compared are the epochs until a trial reports the best value that random search
+finds at full length.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from processes import alone
+from ray import tune
+from ray.tune.search import BasicVariantGenerator
+
+from infra.settings import load, run_config
+from mpc.metrics import score
+from pipeline import runtime
+from pipeline.card import CARD_FILE, read_card
+from pipeline.config import RunConfig
+from pipeline.host import Host, Metrics
+from pipeline.loop import Loop
+from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
+from pipeline.record import MetricsLog
+from pipeline.setup import Timed, to_device
+from pipeline.shards import prepare
+from pipeline.spans import SPAN_ROWS, SpanReader, TrainingData, arrays_of
+from tuning.config import SearchConfig
+from tuning.domains import Dimension, Space
+from tuning.follow import CELL
+from tuning.schedulers import make_scheduler
+from tuning.search import fresh, search
+from tuning.space import apply
+
+METRIC = "val_macro_auroc"
+TRIALS, EPOCHS, FACTOR, SEEDS = 81, 27, 3.0, 5
+LEAST_S = 62.0
+"""Seconds that a trial of the overhead lasts at least, by a first epoch."""
+SPACE = Space(
+    (
+        Dimension("optim.lr", "loguniform", (0.0001, 0.03)),
+        Dimension("optim.weight_decay", "loguniform", (0.00001, 0.1)),
+        Dimension("loss.lambda_fpc", "uniform", (0.05, 1.0)),
+        Dimension("loss.lambda_btc", "uniform", (0.05, 1.0)),
+        Dimension("model.perturb.rate", "uniform", (0.0, 0.5)),
+        Dimension("pseudo.tau_pos", "uniform", (0.6, 0.95)),
+    )
+)
+
+
+class Here(Host):
+    """A plain process as host of the loop: what one would write by hand.
+
+    Args:
+        out: folder of the run.
+    """
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.log_ = out, MetricsLog(str(out))
+        out.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def last_checkpoint(self) -> Iterator[Path | None]:
+        """Begins anew."""
+        yield None
+
+    def report(self, metrics: Metrics, checkpoint: Path) -> None:
+        """Keeps record and checkpoint."""
+        self.log_.add(metrics)
+        tune.Checkpoint.from_directory(checkpoint).to_directory(str(self.out / checkpoint.name))
+
+    def log(self, line: Metrics) -> None:
+        """Shows nothing."""
+
+    def leave(self, name: str, content: bytes) -> str:
+        """Keeps a file with the run."""
+        (self.out / name).write_bytes(content)
+        return str(self.out / name)
+
+
+def synthetic(folder: Path, images: int, side: int, val: float = 0.1) -> str:
+    """A prepared data set of phantoms, once."""
+    data = str(folder / "data")
+    if not (folder / "data" / CARD_FILE).exists():
+        config = PrepareConfig(
+            image_size=side, row_group=64, phantom=PhantomConfig(images=images), split=SplitConfig(val=val)
+        )
+        alone(prepare, config, None, data)
+    return data
+
+
+# overhead
+
+
+def long_run(epochs: int) -> RunConfig:
+    """A trial of the demo's network: one CPU trains, one reads."""
+    tree = run_config(load("demo")).model_dump(mode="json")
+    tree["train"] |= {"epochs": epochs, "worker_cpus": 1.0}
+    tree["data"] |= {"task_cpus": 0.5, "tasks": 1}
+    return RunConfig.model_validate(tree)
+
+
+def rates(count: int) -> Space:
+    """As many settings as trials."""
+    return Space((Dimension("optim.lr", "choice", tuple(0.002 + 0.001 * n for n in range(count))),))
+
+
+def timed_start() -> float:
+    """Seconds that Ray takes to start."""
+    began = time.perf_counter()
+    runtime.start(num_cpus=2)
+    return time.perf_counter() - began
+
+
+def by_hand(data: str, out: str, epochs: int, trials: int) -> tuple[float, float]:
+    """Seconds of Ray's start, and of the trials one after the other."""
+    started, began = timed_start(), time.perf_counter()
+    for number, settings in enumerate(rates(trials).grid()):
+        run = apply(long_run(epochs), settings, "by hand")
+        Loop(run, data, read_card(data), Here(Path(out) / str(number))).fit()
+    return started, time.perf_counter() - began
+
+
+def by_search(data: str, out: str, epochs: int, trials: int) -> tuple[float, float]:
+    """The same as a search."""
+    started, began = timed_start(), time.perf_counter()
+    config = SearchConfig(searcher="grid", scheduler="none", max_trials=trials, max_concurrent=1, cpus_for_data=0.5)
+    search(long_run(epochs), config, rates(trials), data, out)
+    return started, time.perf_counter() - began
+
+
+def epochs_of_a_minute(folder: Path, data: str) -> int:
+    """Epochs that make a trial long enough, by the second of two."""
+    alone(by_hand, data, str(folder / "calibration"), 2, 1)
+    seconds = MetricsLog(str(folder / "calibration" / "0")).read()[-1]["seconds"]
+    return int(LEAST_S / seconds) + 1
+
+
+def overhead(folder: Path, trials: int, rounds: int) -> None:
+    """Both ways in turns; every round is kept as soon as it is done."""
+    data, kept = synthetic(folder, 3000, 64), folder / "rounds.json"
+    done = json.loads(kept.read_text()) if kept.exists() else {"epochs": epochs_of_a_minute(folder, data), "rounds": []}
+    for number in range(len(done["rounds"]), rounds):
+        place = str(folder / f"round-{number}-{time.time():.0f}")
+        arguments = (data, done["epochs"], trials)
+        hand = alone(by_hand, arguments[0], f"{place}-hand", *arguments[1:])
+        searched = alone(by_search, arguments[0], f"{place}-search", *arguments[1:])
+        done["rounds"].append({"hand": hand, "search": searched})
+        kept.write_text(json.dumps(done))
+    ratios = [item["search"][1] / item["hand"][1] for item in done["rounds"]]
+    print(f"{trials} trials of {done['epochs']} epochs, one at a time, {len(ratios)} rounds")
+    for item in done["rounds"]:
+        for name in ("hand", "search"):
+            started, seconds = item[name]
+            print(f"{name:8}{seconds:8.1f} s, {seconds / trials:6.1f} s a trial; ray.init {started:.1f} s beside it")
+    print(f"overhead of the search: {100 * (statistics.median(ratios) - 1):+.1f} % (median; limit 5 %)")
+
+
+# learning curves, and ASHA over them
+
+
+class Curve(Loop):
+    """The loop, its batches made in this process and no checkpoint written: hundreds of small runs."""
+
+    def __init__(self, run: RunConfig, data: str) -> None:
+        super().__init__(run, data, read_card(data), Here(Path(data).parent))
+        self.values: list[float] = []
+
+    def _until(self, stop: int) -> Iterator[Timed]:
+        run = self.now
+        data = TrainingData(self.data, self.card, run.views, seed=run.train.seed, draw_seed=run.data.draw_seed)
+        reader = SpanReader(data, self.plan, 0, 1)
+        for span in self.plan.spans(self.step, stop, SPAN_ROWS // run.train.batch_size):
+            for table in reader(span):
+                yield Timed(to_device(arrays_of(table, self.card.image_size), self.host.device), 0.0)
+
+    def end_epoch(self, seconds: float, waited: float, steps: int) -> Metrics:
+        """Validation by the averaged weights; thresholds and calibration are not asked for."""
+        scored = self._score("val")
+        assert scored is not None, "there is one process"
+        self.values.append(
+            score(scored.probabilities, scored.labels, scored.known, self.card.findings)["macro"]["auroc"]
+        )
+        return {}
+
+
+def short_run(seed: int) -> RunConfig:
+    """Small enough for hundreds: a few hundred images of 16 pixels, and no second view, which would cost the most."""
+    return RunConfig.model_validate(
+        {
+            "model": {"backbone": "test_efficientnet_gn"},
+            "loss": {"sup": "wan", "norm": "all", "lambda_ipc": 0.0, "warmup_epochs": 2, "ramp_epochs": 2},
+            "pseudo": {"tau_neg": 0.1},
+            "data": {"draw_seed": seed},
+            "train": {"epochs": EPOCHS, "batch_size": 32, "seed": seed},
+        }
+    )
+
+
+def settings_of(seed: int) -> list[dict[str, Any]]:
+    """What random search draws."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+    return [SPACE.suggest(study.ask()) for _ in range(TRIALS)]
+
+
+def curves(folder: Path, images: int) -> None:
+    """Trains every setting of every seed to its end; a line each, those that are there are left alone."""
+    data, kept = synthetic(folder, images, 16, val=0.5), folder / "curves.jsonl"
+    known = {(line["seed"], line["trial"]) for line in read_curves(kept)}
+    for seed in range(SEEDS):
+        for trial, settings in enumerate(settings_of(seed)):
+            if (seed, trial) in known:
+                continue
+            began = time.process_time()
+            loop = Curve(apply(short_run(seed), settings, f"trial {trial}"), data)
+            loop.fit()
+            spent = time.process_time() - began
+            line = {"seed": seed, "trial": trial, "settings": settings, "values": loop.values, "cpu_s": spent}
+            with kept.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_curves(kept: Path) -> list[dict[str, Any]]:
+    """All lines so far."""
+    return [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+
+
+def replay(params: dict[str, Any], *, values: list[list[float]]) -> None:
+    """A trial that reports a learning curve."""
+    for epoch, value in enumerate(values[params[CELL]["trial"]], 1):
+        tune.report({"epoch": epoch, METRIC: value})
+
+
+class Count(tune.Callback):
+    """Every epoch that is reported, in order."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        """One more."""
+        self.values.append(result[METRIC])
+
+
+def epochs_to(values: list[float], target: float) -> int | None:
+    """Epochs until a value is reached; None if it never is."""
+    return next((number for number, value in enumerate(values, 1) if value >= target), None)
+
+
+def by_asha(values: list[list[float]], folder: str) -> list[float]:
+    """All values that trials report under ASHA, in order: one trial at a time, in the order of random search."""
+    config = SearchConfig(searcher="random", scheduler="asha", reduction_factor=FACTOR, metric=METRIC)
+    count = Count()
+    fresh(
+        tune.with_resources(tune.with_parameters(replay, values=values), {"CPU": 1}),
+        {CELL: tune.grid_search([{"trial": trial} for trial in range(TRIALS)])},
+        folder,
+        tune.TuneConfig(
+            search_alg=BasicVariantGenerator(max_concurrent=1),
+            scheduler=make_scheduler(config, short_run(0), SPACE, folder),
+            reuse_actors=True,
+        ),
+        tune.CheckpointConfig(),
+        [count],
+    ).fit()
+    return count.values
+
+
+def asha(folder: Path) -> None:
+    """One line a seed, then the medians."""
+    lines = read_curves(folder / "curves.jsonl")
+    runtime.start(num_cpus=2)
+    full, rows = TRIALS * EPOCHS, []
+    print(f"{TRIALS} trials, at most {EPOCHS} epochs, factor {FACTOR:g}: {full:,} epochs for random search")
+    print(f"{'seed':>4}{'best':>8}{'random':>8}{'ASHA in all':>13}{'until best':>12}{'ASHA best':>11}")
+    for seed in sorted({line["seed"] for line in lines}):
+        values = [line["values"] for line in sorted(lines, key=lambda line: line["trial"]) if line["seed"] == seed]
+        if len(values) < TRIALS:
+            continue
+        everything = [value for curve in values for value in curve]
+        best = max(everything)
+        found = by_asha(values, str(folder / f"asha-{seed}-{time.time():.0f}"))
+        reached, at_random = epochs_to(found, best), epochs_to(everything, best)
+        rows.append((len(found) / full, (reached or full) / full, reached is not None, max(found) - best))
+        print(f"{seed:4}{best:8.4f}{at_random:8}{len(found):13}{reached or 'never':>12}{max(found):11.4f}")
+    for name, at in (("epochs of the whole search", 0), ("epochs until the best of random search", 1)):
+        shares = [row[at] for row in rows]
+        print(f"{name}: {statistics.median(shares):.2f} of random search, {min(shares):.2f} to {max(shares):.2f}")
+    missed = [row[3] for row in rows if not row[2]]
+    print(
+        f"reached in {len(rows) - len(missed)} of {len(rows)} seeds; else short by {[f'{-gap:.4f}' for gap in missed]}"
+    )
+
+
+def main() -> None:
+    """Runs one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("overhead", "curves", "asha"))
+    parser.add_argument("--out", type=Path, required=True, help="folder that keeps what is done")
+    parser.add_argument("--trials", type=int, default=4, help="of the overhead")
+    parser.add_argument("--rounds", type=int, default=1, help="of the overhead")
+    parser.add_argument("--images", type=int, default=600, help="synthetic images of the learning curves")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    if a.part == "overhead":
+        overhead(a.out.absolute(), a.trials, a.rounds)
+    elif a.part == "curves":
+        torch.set_num_threads(1)
+        curves(a.out.absolute(), a.images)
+    else:
+        asha(a.out.absolute())
+
+
+if __name__ == "__main__":
+    main()

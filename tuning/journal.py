@@ -1,0 +1,59 @@
+"""trial.json: what a trial tries, when it began and how it ended; beside its metrics.jsonl, readable without Tune."""
+
+import json
+import time
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from mpc.errors import MissingError
+from pipeline import storage
+from tuning.follow import ended_how, name_of, settings_of
+from tuning.keeping import surviving
+
+FILE = "trial.json"
+
+
+class Journal(Callback):  # type: ignore[misc]
+    """Writes the file when a trial begins, and again when it has ended.
+
+    Args:
+        trials: URI of the folder with one folder a trial.
+        epochs: of a trial that runs to its end.
+    """
+
+    def __init__(self, trials: str, epochs: int) -> None:
+        self.trials, self.epochs = trials, epochs
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial begins, or goes on."""
+        with surviving(f"{FILE} of trial {name_of(trial)}"):
+            if not read(self.trials, name_of(trial)):
+                self._write(trial, {"settings": settings_of(trial), "started": time.time()})
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial has run to its end, or was stopped."""
+        self._end(trial, ended_how(trial, self.epochs))
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial failed."""
+        self._end(trial, "failed")
+
+    def _end(self, trial: Trial, status: str) -> None:
+        with surviving(f"{FILE} of trial {name_of(trial)}"):
+            known = read(self.trials, name_of(trial)) or {"settings": settings_of(trial)}
+            self._write(trial, {**known, "ended": time.time(), "status": status})
+
+    def _write(self, trial: Trial, note: dict[str, Any]) -> None:
+        uri = storage.join(self.trials, name_of(trial), FILE)
+        storage.write_bytes(uri, json.dumps(note, indent=1, default=str).encode())
+
+
+def read(trials: str, name: str) -> dict[str, Any]:
+    """The file of a trial; empty where there is none."""
+    try:
+        note: dict[str, Any] = json.loads(storage.read_bytes(storage.join(trials, name, FILE)))
+    except MissingError:
+        return {}
+    return note
