@@ -7,8 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow.parquet as pq
 from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
+
+
+def column(data: Path | str, name: str) -> list[str]:
+    """The values of a column of a prepared data set."""
+    return sorted(
+        {value for path in Path(data, "shards").rglob("*.parquet") for value in pq.read_table(path)[name].to_pylist()}
+    )
 
 
 def everything(uri: str) -> Iterator[tuple[str, bytes]]:

@@ -7,15 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
-from logged import leaks
-
-
-def column(data: Path, name: str) -> list[str]:
-    """The values of a column of a data set."""
-    return sorted({value for path in data.rglob("*.parquet") for value in pq.read_table(path)[name].to_pylist()})
-
+from logged import column, leaks
 
 SMALL = ["train.epochs=2", "search.max_trials=2", "prepare.phantom.images=800"]
 

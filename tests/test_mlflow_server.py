@@ -13,12 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ACCESS_KEY, SECRET_KEY, free_port, s3_client
 from factory import FINDINGS, tiny_checkpoint
-from logged import leaks
+from logged import column, leaks
 from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
 from runs import tiny
@@ -110,7 +109,7 @@ def test_a_server_that_dies_loses_nothing_and_keeps_models(
         assert sync(str(out), uri)[:2] == (1, 3)
         run_id = check_run(uri, out, phantom_data)
         check_registry(uri, result.best_checkpoint, phantom_data, run_id)
-        people = read_table(phantom_data, "patient_id") + read_table(phantom_data, "image_id")
+        people = column(phantom_data, "patient_id") + column(phantom_data, "image_id")
         secrets = [SECRET_KEY, ACCESS_KEY, "a-password-of-mlflow", os.environ["AWS_ENDPOINT_URL"], bucket]
         places = [str(tmp_path), phantom_data, str(Path.home()) + "/", str(Path(__file__).parents[1])]
         assert leaks(uri, [*people, *secrets, *places]) == []
@@ -157,13 +156,6 @@ def check_registry(uri: str, checkpoint: str, data: str, run_id: str) -> None:
     assert "against champion 1" in client.get_model_version("cxr", "2").tags["gate.reason"]
     assert rollback("cxr", uri) == ("1", "2")
     assert load_model(download("models:/cxr@champion", uri)).info.findings == read_card(data).findings
-
-
-def read_table(data: str, column: str) -> list[str]:
-    """The values of a column of a data set."""
-    return sorted(
-        {value for path in Path(data).rglob("*.parquet") for value in pq.read_table(path)[column].to_pylist()}
-    )
 
 
 def test_mlflow_serves_a_registered_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
