@@ -1,11 +1,18 @@
 """The estimate from one positive an image: by hand, against scikit-learn, and where its assumption fails."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
+from mpc.errors import UserError
 from mpc.metrics import observed_score
 from mpc.metrics.observed import hidden_share
+from pipeline.config import DataConfig
+from pipeline.scoring import Scored, require_validation, validation_metrics
+from pipeline.single_positive import draw
 
 NAMES = ("Mass", "Nodule")
 # Mass: positives score .9 and .6, negatives .7 and .2, so that its AUROC is 3/4. Two of four positives show it, the
@@ -77,3 +84,35 @@ def test_it_is_the_true_score_where_its_assumption_holds_and_not_where_it_fails(
 def test_what_it_is_not_for(shown: np.ndarray, kappa: float | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         observed_score(np.zeros((8, 2)), shown, NAMES, kappa=kappa)
+
+
+def test_validation_needs_positives_alone() -> None:
+    """What is not a known positive is never read: neither negatives nor which entries are known to be negative."""
+    rng = np.random.default_rng(2)
+    logits, labels, _ = simulated(rng, chosen_by_score=False)
+    logits, labels = logits[:400].astype(np.float32), labels[:400].astype(np.int8)
+    ids = np.array([f"image-{n}" for n in range(400)])
+    data = DataConfig(val_labels="observed", val_kappa=2.0, draw_seed=3)
+    findings = tuple("abcde")
+
+    def metrics(known: np.ndarray, config: DataConfig = data) -> dict:
+        return validation_metrics(Scored(np.arange(400), logits, labels, known, ids, ids), findings, config)[0]
+
+    everything, positives = metrics(np.ones_like(labels, bool)), metrics(labels == 1)
+    assert everything == positives
+    shown = draw(ids.tolist(), labels, labels == 1, 3)
+    expected = observed_score(expit(logits.astype(float)), shown, findings, kappa=2.0)["macro"]
+    assert positives["val_macro_auroc"] == pytest.approx(expected["auroc"], abs=1e-12)
+    assert positives["val_macro_auroc"] > metrics(labels == 1, DataConfig(val_labels="observed"))["val_macro_auroc"]
+
+
+def test_a_data_set_that_knows_positives_alone_is_for_observed_validation() -> None:
+    def card(**positives: int) -> SimpleNamespace:
+        counts = SimpleNamespace(images=9, positives=positives, known=positives)
+        return SimpleNamespace(name="ours", findings=NAMES, counts={"val": counts})
+
+    require_validation(card(Mass=5, Nodule=4), "observed")
+    with pytest.raises(UserError, match=r"data\.val_labels=observed"):
+        require_validation(card(Mass=5, Nodule=4))
+    with pytest.raises(UserError, match="fewer than two findings of ours occur"):
+        require_validation(card(Mass=9), "observed")
