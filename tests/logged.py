@@ -30,7 +30,8 @@ def everything(uri: str) -> Iterator[tuple[str, bytes]]:
         inputs = [item.to_dictionary() for item in run.inputs.dataset_inputs]
         data = [run.info.run_name, run.info.user_id, run.data.params, run.data.tags, run.data.metrics, inputs]
         yield f"run {run.info.run_name}", json.dumps(data).encode()
-        yield from files_below(f"runs:/{run.info.run_id}", uri)
+        for item in client.list_artifacts(run.info.run_id):
+            yield from files_below(f"runs:/{run.info.run_id}/{item.path}", uri)
     for model in client.search_logged_models(experiments):
         yield f"model {model.name}", json.dumps([model.tags, model.params]).encode()
         yield from files_below(str(model.artifact_location), uri)
@@ -41,8 +42,8 @@ def everything(uri: str) -> Iterator[tuple[str, bytes]]:
 def files_below(place: str, uri: str) -> Iterator[tuple[str, bytes]]:
     """Every file below an artifact's place."""
     with TemporaryDirectory() as folder:
-        found = Path(download_artifacts(artifact_uri=place, dst_path=folder, tracking_uri=uri))
-        for path in sorted(found.rglob("*")):
+        download_artifacts(artifact_uri=place, dst_path=folder, tracking_uri=uri)
+        for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 yield path.name, path.read_bytes()
                 if path.suffix == ".whl":
