@@ -139,6 +139,16 @@ def bucket(s3_server: str) -> str:
     return f"s3://{name}"
 
 
+@pytest.fixture
+def searches(tmp_path: Path) -> Iterator[object]:
+    """Starts searches as processes; what still runs at the end of the test is killed."""
+    from searches import Searches
+
+    found = Searches(tmp_path)
+    yield found
+    found.close()
+
+
 @pytest.fixture(scope="session")
 def few_data(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> str:
     """A prepared set of 60 small synthetic radiographs, read only: an epoch is soon done."""

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +12,7 @@ import pytest
 from conftest import free_port
 from mlflow.tracking import MlflowClient
 from proxy import Proxy, drop
-from test_search import epochs_of, start, write_space
+from searches import Searches, epochs_of, write_space
 
 from infra.console import PlainDisplay
 from infra.searching import search as searched
@@ -97,36 +95,22 @@ def test_a_search_without_its_tracking_server_ends_and_fills_no_disk(few_data: s
     }
 
 
-def wait_for(condition: Any, process: subprocess.Popen, errors: Path, seconds: float = 300) -> None:
-    """Returns once the condition holds; fails with what the process said if it ends before."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, errors.read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def kill(process: subprocess.Popen) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 @pytest.mark.slow
 def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
-    few_data: str, bucket: str, tmp_path: Path
+    few_data: str, bucket: str, searches: Searches, tmp_path: Path
 ) -> None:
     """The first trial is good, the others are bad: without memory, the next one had nothing to be compared with."""
     yaml = write_space(tmp_path, GOOD_OR_BAD)
     asha = {"scheduler": "asha", "grace_epochs": 1, "reduction_factor": 2, "max_concurrent": 1}
     config = SearchConfig(**LOSS, **asha, searcher="random", max_trials=4, seed=GOOD_THEN_BAD, keep_trials=1)
-    out, errors = f"{bucket}/search", tmp_path / "errors.txt"
+    out = f"{bucket}/search"
     started = lambda: storage.list_files(bucket, ["trial.json"])  # noqa: E731
-    killed = start(few_data, out, run(), config, yaml, errors=errors)
-    wait_for(lambda: len(started()) == 2, killed, errors)  # the first one is through
-    kill(killed)
+    killed = searches.start(few_data, out, run(), config, yaml)
+    searches.wait_for(lambda: len(started()) == 2, killed)  # the first one is through
+    searches.kill(killed)
     first = next(uri for uri in started() if len(read_lines(uri)) == 3)
     before = read_lines(first)
-    assert start(few_data, out, run(), config, yaml, "resume", errors=errors).wait(timeout=400) == 0, errors.read_text()
+    searches.ended_well(searches.start(few_data, out, run(), config, yaml, resume=True))
     record = json.loads(storage.read_bytes(f"{out}/search.json"))
     trials = [trial for trial in record["trials"] if trial["status"] != "lost"]
     good = [trial for trial in trials if trial["params"]["optim.lr"] == 0.003]
@@ -143,18 +127,18 @@ def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
 
 @pytest.mark.slow
 def test_a_bucket_that_is_away_for_a_while_costs_no_trial(
-    few_data: str, bucket: str, s3_server: str, tmp_path: Path
+    few_data: str, bucket: str, s3_server: str, searches: Searches, tmp_path: Path
 ) -> None:
-    proxy, errors = Proxy(s3_server), tmp_path / "errors.txt"
+    proxy = Proxy(s3_server)
     out = f"{bucket}/search?endpoint_override={proxy.endpoint}"
     config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=2, max_concurrent=1)
     try:
-        searching = start(few_data, out, run(max_failures=0), config, write_space(tmp_path, GOOD_OR_BAD), errors=errors)
-        wait_for(lambda: storage.list_files(bucket, ["metrics.jsonl"]), searching, errors)
+        searching = searches.start(few_data, out, run(max_failures=0), config, write_space(tmp_path, GOOD_OR_BAD))
+        searches.wait_for(lambda: storage.list_files(bucket, ["metrics.jsonl"]), searching)
         proxy.fail(*[drop] * 1000)
-        wait_for(lambda: len(proxy.met) >= 6, searching, errors)
+        searches.wait_for(lambda: len(proxy.met) >= 6, searching)
         proxy.fail()
-        assert searching.wait(timeout=300) == 0, errors.read_text()[-3000:]
+        searches.ended_well(searching)
     finally:
         proxy.close()
     record = json.loads(storage.read_bytes(f"{bucket}/search/search.json"))
@@ -219,17 +203,15 @@ def test_a_trial_goes_on_elsewhere_when_its_machine_is_lost(few_data: str, tmp_p
 
 
 @pytest.mark.slow
-def test_a_population_is_killed_and_goes_on(few_data: str, tmp_path: Path) -> None:
+def test_a_population_is_killed_and_goes_on(few_data: str, searches: Searches, tmp_path: Path) -> None:
     config = SearchConfig(
         **LOSS, searcher="random", scheduler="pbt", max_trials=3, max_concurrent=1, seed=1, pbt={"quantile": 0.34}
     )
-    out, errors, yaml = tmp_path / "search", tmp_path / "errors.txt", write_space(tmp_path, GOOD_OR_BAD)
-    killed = start(few_data, out, run(epochs=4), config, yaml, errors=errors)
-    wait_for(lambda: len(epochs_of(out)) == 3 and max(epochs_of(out).values()) >= 2, killed, errors)
-    kill(killed)
-    assert start(few_data, out, run(epochs=4), config, yaml, "resume", errors=errors).wait(timeout=400) == 0, (
-        errors.read_text()[-3000:]
-    )
+    out, yaml = tmp_path / "search", write_space(tmp_path, GOOD_OR_BAD)
+    killed = searches.start(few_data, out, run(epochs=4), config, yaml)
+    searches.wait_for(lambda: len(epochs_of(out)) == 3 and max(epochs_of(out).values()) >= 2, killed)
+    searches.kill(killed)
+    searches.ended_well(searches.start(few_data, out, run(epochs=4), config, yaml, resume=True))
     record = json.loads((out / "search.json").read_text())
     trials = [trial for trial in record["trials"] if trial["status"] != "lost"]
     assert [trial["status"] for trial in trials] == ["finished"] * 3

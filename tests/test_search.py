@@ -1,16 +1,12 @@
 """Searches with real Ray Tune: spaces, early stopping, lone failures, resumption."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.tune.search.optuna import OptunaSearch
+from searches import Searches, epochs_of, write_space
 
 from mpc.checkpoint import read_info
 from mpc.errors import UserError
@@ -35,16 +31,6 @@ BASE = RunConfig.model_validate(
 SMALL = BASE.model_copy(update={"train": BASE.train.model_copy(update={"batch_size": 8})})
 """For a data set of a few dozen images."""
 LOSS = {"metric": "loss_sup", "mode": "min", "cpus_for_data": 0.5}
-
-
-def write_space(folder: Path, text: str) -> str:
-    path = folder / "space.yaml"
-    path.write_text(text)
-    return str(path)
-
-
-def epochs_of(out: Path) -> dict[str, int]:
-    return {f.parent.name: len(f.read_text().splitlines()) for f in out.glob("trials/*/metrics.jsonl")}
 
 
 def test_concurrency_keeps_cpus_for_data() -> None:
@@ -99,44 +85,20 @@ def check_what_lies_there(out: Path, result: SearchResult, keep: int) -> None:
     assert len(with_weights) == keep  # the other trials' checkpoints are gone
 
 
-SEARCH_ALONE = """
-import sys
-from pipeline.config import RunConfig
-from tuning import space
-from tuning.config import SearchConfig
-from tuning.search import search
-data, out, run, config, yaml, resume = sys.argv[1:]
-run = RunConfig.model_validate_json(run)
-search(run, SearchConfig.model_validate_json(config), space.load(yaml, run), data, out, resume=resume == "resume")
-"""
-
-
-def start(
-    data: str, out: str | Path, base: RunConfig, config: SearchConfig, yaml: str, resume: str = "",
-    errors: Path | None = None,
-) -> subprocess.Popen:  # fmt: skip
-    """A search in a process and a local cluster of its own."""
-    arguments = [data, str(out), base.model_dump_json(), config.model_dump_json(), yaml, resume]
-    with (errors or Path(out).parent / "errors.txt").open("wb") as file:
-        return subprocess.Popen([sys.executable, "-c", SEARCH_ALONE, *arguments], start_new_session=True, stderr=file)
-
-
 @pytest.mark.slow
-def test_a_killed_search_resumes_without_running_finished_trials_again(few_data: str, tmp_path: Path) -> None:
+def test_a_killed_search_resumes_without_running_finished_trials_again(
+    few_data: str, searches: Searches, tmp_path: Path
+) -> None:
     yaml = write_space(tmp_path, "optim.lr: {loguniform: [0.001, 0.01]}")
     config = SearchConfig(**LOSS, scheduler="none", max_trials=4, max_concurrent=1)
     out = tmp_path / "search"
-    killed = start(few_data, out, SMALL, config, yaml)
-    deadline = time.monotonic() + 240
-    while sorted(epochs_of(out).values())[-2:] != [2, 3]:  # the first trial is through, the second in the middle
-        assert time.monotonic() < deadline
-        assert killed.poll() is None
-        time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    killed = searches.start(few_data, out, SMALL, config, yaml)
+    # the first trial is through, the second in the middle
+    searches.wait_for(lambda: sorted(epochs_of(out).values())[-2:] == [2, 3], killed)
+    searches.kill(killed)
     first = next(name for name, epochs in epochs_of(out).items() if epochs == 3)
     written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns
-    assert start(few_data, out, SMALL, config, yaml, "resume").wait(timeout=400) == 0
+    searches.ended_well(searches.start(few_data, out, SMALL, config, yaml, resume=True))
     trials = json.loads((out / "search.json").read_text())["trials"]
     # the running trial may have been killed before Tune had noted it: then it is listed, and another took its place
     lost = [t for t in trials if t["status"] == "lost"]
@@ -157,7 +119,9 @@ def check_what_optuna_learnt(out: Path, trials: list[dict]) -> None:
 
 
 @pytest.mark.slow
-def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(phantom_data: str, tmp_path: Path) -> None:
+def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(
+    phantom_data: str, searches: Searches, tmp_path: Path
+) -> None:
     yaml = write_space(tmp_path, "optim.lr: {choice: [0.003, 0.000000001]}")
     train = BASE.train.model_copy(update={"num_workers": 2, "worker_cpus": 0.5})
     data = BASE.data.model_copy(update={"task_cpus": 0.2})
@@ -165,13 +129,12 @@ def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(phantom_
     config = SearchConfig(**LOSS, **asha, searcher="random", max_trials=3, seed=1, keep_trials=1)
     out = tmp_path / "search"
     base = BASE.model_copy(update={"train": train, "data": data})
-    refused = start(phantom_data, out, base, config, yaml)  # the tests' own cluster runs on this machine
+    refused = searches.start(phantom_data, out, base, config, yaml)  # the tests' own cluster runs on this machine
     assert refused.wait(timeout=100) != 0
-    assert "other Ray cluster" in (tmp_path / "errors.txt").read_text()
+    assert "other Ray cluster" in searches.said()
     runtime.stop()
     try:
-        searched = start(phantom_data, out, base, config, yaml)
-        assert searched.wait(timeout=300) == 0, (tmp_path / "errors.txt").read_text()[-2000:]
+        searches.ended_well(searches.start(phantom_data, out, base, config, yaml))
     finally:
         runtime.start(num_cpus=2)
     trials = json.loads((out / "search.json").read_text())["trials"]

@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,6 +56,11 @@ class Found:
         """Trials with a value that did not fail, the best first."""
         valued = [t for t in self.record["trials"] if t["value"] is not None and t["status"] != "failed"]
         return sorted(valued, key=lambda trial: -self.sign * trial["value"])
+
+    @cached_property
+    def level(self) -> dict[str, float]:
+        """Values by trial as if all had run equally long."""
+        return levelled(self)
 
     @property
     def population(self) -> bool:
@@ -213,8 +219,7 @@ def importances(found: Found) -> list[Importance]:
     trials = found.ranked
     if not found.comparable or not dimensions:
         return []
-    level = levelled(found)
-    points = [(trial["params"], level[trial["trial_id"]]) for trial in trials]
+    points = [(trial["params"], found.level[trial["trial_id"]]) for trial in trials]
     whole, draws = _fanova(points, dimensions, TREES), np.random.default_rng(0)
     resampled = [
         _fanova([points[i] for i in draws.integers(0, len(points), len(points))], dimensions, TREES_EACH)
@@ -252,8 +257,7 @@ class Expected:
         trials = found.ranked
         self.points = np.array([self._point(trial["params"], found.base) for trial in trials])
         forest = RandomForestRegressor(200, min_samples_leaf=2, random_state=0, n_jobs=1)
-        level = levelled(found)
-        self.forest = forest.fit(self.points, [level[trial["trial_id"]] for trial in trials])
+        self.forest = forest.fit(self.points, [found.level[trial["trial_id"]] for trial in trials])
 
     def _point(self, settings: Mapping[str, Any], base: Mapping[str, Any]) -> list[float]:
         """Shares; a setting that was not searched here has the base's value, as in the trial itself."""

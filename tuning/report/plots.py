@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from tuning.domains import CHOICE, KINDS, Dimension
 from tuning.report.charts import ACCENT, GREY, GRID, INK, STATUS_COLOURS, Chart, style, svg
-from tuning.report.learned import Expected, Found, levelled
+from tuning.report.learned import Expected, Found
 
 SCALE = LinearSegmentedColormap.from_list("values", ["#e9d8a6", "#94c9b4", ACCENT, "#062f3a"])
 """Bad to good: light to dark, so that it is read without colours too."""
@@ -24,7 +24,7 @@ Trials = Sequence[Mapping[str, Any]]
 
 def parallel(found: Found) -> Chart:
     """A line a trial through all its settings to its value; one that a trial did not search leaves a gap."""
-    dimensions, level = found.dimensions, levelled(found)
+    dimensions, level = found.dimensions, found.level
     ranked = sorted(found.ranked, key=lambda trial: -found.sign * level[trial["trial_id"]])
     width = max(4.7, 1.15 * (len(dimensions) + 1))
     figure = Figure(figsize=(width, 3.3))
@@ -69,7 +69,7 @@ def _marks(dimension: Dimension) -> list[tuple[float, str]]:
 def one_setting(found: Found, dimension: Dimension, expected: Expected | None) -> Chart:
     """Values of all trials over one setting, and what the forest expects."""
     figure = Figure(figsize=(3.2, 2.2))
-    axes, level = figure.add_axes((0.17, 0.13, 0.8, 0.81)), levelled(found)
+    axes, level = figure.add_axes((0.17, 0.13, 0.8, 0.81)), found.level
     if expected is not None:
         shares, chosen = _shares(dimension), dimension.kind == CHOICE
         look: dict[str, Any] = {"lw": 0, "marker": "_", "ms": 22, "mew": 1.4} if chosen else {"lw": 1.2}
@@ -95,7 +95,7 @@ def two_settings(found: Found, first: Dimension, second: Dimension, expected: Ex
     grid = [points.ravel() for points in np.meshgrid(across, up)]
     surface = expected.along({first.path: grid[0], second.path: grid[1]}).reshape(len(up), len(across))
     scale = SCALE if found.sign > 0 else SCALE.reversed()
-    level = levelled(found)
+    level = found.level
     values = list(level.values())
     norm = Normalize(min(values), max(values))
     if CHOICE in (first.kind, second.kind):  # nothing lies between two choices
