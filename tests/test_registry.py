@@ -173,9 +173,9 @@ def test_without_images_the_card_says_so(store: str, registered: RegisteredVersi
     assert "not a medical device" in text
 
 
-def test_a_version_belongs_to_the_run_and_the_search_that_made_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_version_belongs_to_the_run_and_the_search_that_made_it(checkpoint: Path, tmp_path: Path, store: str) -> None:
     """`search/best` is the best trial's checkpoint: its records lie as a search leaves them."""
-    store, out = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "search"
+    out = tmp_path / "search"
     records = [RunRecord(key="s", name="search", experiment="e", status=Status.FINISHED)]
     records.append(RunRecord(key="s/t1", name="t1", experiment="e", parent="s", tags={"data.name": "collection-7"}))
     tracker = Tracker(store, "e")
@@ -195,10 +195,12 @@ def test_a_version_belongs_to_the_run_and_the_search_that_made_it(checkpoint: Pa
         assert "| data set | collection-7 |" in version.description
         assert "| search | search |" in version.description
     assert len(client.get_run(str(runs[1].run_id)).outputs.model_outputs) == 2
-    elsewhere = f"sqlite:///{tmp_path / 'other' / 'mlflow.db'}"
-    version = register(out / "best", "m", elsewhere, lineage=lineage_of(str(out / "best")))
-    found = MlflowClient(tracking_uri=elsewhere).get_model_version("m", version.version)
-    assert found.tags["lineage.run_key"] == "s/t1", "its run is not on this server, its name is"
+    (out / "trials" / "t1" / "tracking.json").write_text(
+        records[1].model_copy(update={"key": "s/t2"}).model_dump_json()
+    )
+    version = register(out / "best", "m", store, lineage=lineage_of(str(out / "best")))
+    found = client.get_model_version("m", version.version)
+    assert found.tags["lineage.run_key"] == "s/t2", "its run is not on this server, its name is"
     assert "lineage.run_id" not in found.tags
 
 
