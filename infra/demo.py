@@ -7,9 +7,10 @@ from pathlib import Path
 import cv2
 
 from infra.console import progress, say, table
+from infra.registering import promote, register
 from infra.searching import search
 from infra.settings import Settings, run_config
-from infra.tracking import gate_of, tracking_uri
+from infra.tracking import tracking_uri
 from mpc.errors import UserError
 from pipeline import runtime, storage
 from pipeline.evaluate import evaluate
@@ -109,15 +110,16 @@ class Demo:
 
     def register(self) -> str:
         """Makes the best trial a model version."""
-        names = self.settings.tracking
-        self.version = registry.register(
-            self.checkpoint, names.model_name, self.tracking, experiment=names.experiment, tags={"synthetic": "true"}
+        source, model = str(self.checkpoint), self.settings.tracking.model_name
+        self.version, _ = register(
+            self.settings, source, self.checkpoint, model, self.place("data"), "val", tracking=self.tracking
         )
         return f"{self.version.uri} in {self.tracking}"
 
     def promote(self) -> str:
-        """Makes that version champion if it is no worse than the last one."""
-        verdict = registry.promote(self.version.name, self.version.version, self.tracking, gate=gate_of(self.settings))
+        """Makes that version champion if the gate lets it."""
+        name, version, _ = self.version
+        verdict = promote(self.settings, name, version, self.place("data"), "val", tracking=self.tracking)
         return f"{verdict.decision.value}: {verdict.reason}"
 
     def evaluate(self) -> str:

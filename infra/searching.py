@@ -67,7 +67,7 @@ def search(
             resume=resume,
             beginning=beginning,
             listeners=[TrialLines(display, settings.search, run.train.epochs)],
-            callbacks=[MlflowCallback(tracker, parent, storage.join(out, TRIALS), tags=tags)],
+            callbacks=[MlflowCallback(tracker, parent, storage.join(out, TRIALS), base=run, tags=tags)],
         )
         attach(result.best_checkpoint, data, settings.reference)
         status = Status.FINISHED

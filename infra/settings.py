@@ -14,6 +14,7 @@ from pipeline.config import EvaluateConfig, ExplainConfig, PredictConfig, Refere
 from pipeline.dotted import check_path, flat, merge, nested, validate
 from pipeline.prepare_config import PrepareConfig
 from tuning.config import SearchConfig, TrackingConfig
+from tuning.gate import Gate
 
 
 class Settings(RunConfig):
@@ -27,6 +28,7 @@ class Settings(RunConfig):
     serve: ServeConfig = ServeConfig()
     search: SearchConfig = SearchConfig()
     tracking: TrackingConfig = TrackingConfig()
+    gate: Gate = Gate()
     cluster: ClusterConfig = ClusterConfig()
 
 

@@ -1,12 +1,8 @@
-"""Which tracking store and which gate the settings mean; MLflow is imported only when asked."""
+"""Which tracking store the settings mean; MLflow is imported only when asked."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from infra.settings import Settings
-
-if TYPE_CHECKING:
-    from tuning.gate import Gate
 
 
 def tracking_uri(settings: Settings, near: str | Path = ".") -> str:
@@ -23,11 +19,3 @@ def tracking_uri(settings: Settings, near: str | Path = ".") -> str:
         places = (Path(start).resolve(), *Path(start).resolve().parents)
         start = str(next((place for place in places if (place / "mlflow.db").is_file()), start))
     return default_uri(start)
-
-
-def gate_of(settings: Settings) -> "Gate | None":
-    """What a version must pass to become champion."""
-    from tuning.gate import Gate
-
-    metric = settings.tracking.gate_metric
-    return Gate(metric, settings.tracking.gate_tolerance) if metric else None

@@ -15,7 +15,10 @@ class DataConfig(Config):
     draw_seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the drawn positive; another seed rewrites nothing."""
     val_labels: Literal["full", "observed"] = "full"
-    """Whether validation may use all known labels or, like training, one positive an image."""
+    """Whether validation may use all known labels or, like training, one positive an image (docs/selection.md)."""
+    val_kappa: Annotated[float, Field(ge=1.0)] | None = None
+    """With val_labels=observed: mean number of findings of the images that show one, where that is known. It puts the
+    estimated AUROC on the scale of the true one; None needs nothing, and the order within a finding is the same."""
     window: Annotated[int, Field(ge=4096)] = 4096
     """Rows among which the stream shuffles after it has permuted row groups."""
     backend: Literal["ray", "torch"] = "ray"

@@ -27,6 +27,7 @@ from pipeline.divergence import REPORT, DivergedError, Watch, as_json, describe
 from pipeline.host import Host, Metrics
 from pipeline.meter import Meter
 from pipeline.plan import make_plan
+from pipeline.record import is_epoch
 from pipeline.saved import gathered, restore, save
 from pipeline.schedule import in_force, stages
 from pipeline.scoring import NO_CHOICES, Choices, Scored, score_rows, validation_metrics
@@ -43,6 +44,7 @@ from pipeline.setup import (
 )
 from pipeline.spans import TrainingData
 from pipeline.stream import batches
+from pipeline.usage import Usage
 
 
 class _Step(nn.Module):
@@ -88,7 +90,7 @@ class Loop:
         self.optimizer = make_optimizer(run, self.method.param_groups(self.model, run.optim.lr), host.device)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
         self.scaler = torch.amp.GradScaler(host.device.type, enabled=run.train.amp == "fp16")
-        self.meter, self.watch = Meter(host.device), Watch(host.device)
+        self.meter, self.watch, self.usage = Meter(host.device), Watch(host.device), Usage(host.device)
         self.step = 0
 
     def _rate(self) -> Callable[[int], float]:
@@ -261,4 +263,5 @@ class Loop:
             path = Path(folder) / f"step-{self.step:08d}"
             if host.rank == 0:
                 save(self, path, metrics, choices, meters)
-            host.report(metrics, path)
+            # beside the metrics, not among them: a checkpoint is equal to another one whatever its machine did
+            host.report({**metrics, **(self.usage.metrics() if is_epoch(metrics) else {})}, path)

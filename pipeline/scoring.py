@@ -11,7 +11,7 @@ from scipy.special import expit
 from mpc.config import CalibrationInfo
 from mpc.distributed import world_size as ranks
 from mpc.errors import UserError
-from mpc.metrics import RULES, calibrate, operating_points, score
+from mpc.metrics import RULES, calibrate, observed_score, operating_points, score
 from mpc.model import Classifier
 from pipeline.card import DatasetCard
 from pipeline.config import DataConfig
@@ -97,17 +97,23 @@ def score_rows(
     )
 
 
-def require_validation(card: DatasetCard) -> None:
+def require_validation(card: DatasetCard, val_labels: str = "full") -> None:
     """Refuses a data set whose validation split could not rank one model above another.
 
     Raises:
-        UserError: no finding has a known positive and a known negative there.
+        UserError: no finding has a known positive and a known negative there; or, where validation sees one positive an
+            image, fewer than two findings have any.
     """
     counts = card.counts["val"]
+    about = f"among the {counts.images} images of the val split; prepare it with a larger prepare.split.val"
+    if val_labels == "observed":
+        if sum(counts.positives.get(name, 0) > 0 for name in card.findings) < 2:
+            raise UserError(f"fewer than two findings of {card.name} occur {about}")
+        return
     if not any(0 < counts.positives.get(name, 0) < counts.known.get(name, 0) for name in card.findings):
         raise UserError(
-            f"no finding of {card.name} has both outcomes among the {counts.images} images of the val split; "
-            f"prepare it with a larger prepare.split.val"
+            f"no finding of {card.name} has both outcomes {about}, or, where only positives are known, set "
+            f"data.val_labels=observed"
         )
 
 
@@ -125,9 +131,10 @@ NO_CHOICES = Choices({}, {}, {})
 def validation_metrics(scored: Scored, findings: tuple[str, ...], data: DataConfig) -> tuple[dict[str, Any], Choices]:
     """Validation metrics of an epoch, and the choices for later predictions: thresholds and calibration.
 
-    With `data.val_labels=observed` validation knows one positive an image, like training: each unobserved entry then
-    counts as negative, and images without a positive are left out. How often a finding is observed is not how often it
-    is there, so that nothing is calibrated then.
+    With `data.val_labels=observed` validation knows one positive an image, like training, and `val_macro_auroc` is the
+    estimate of `mpc.metrics.observed_score`. For thresholds each unobserved entry then counts as negative, and images
+    without a positive are left out. How often a finding is observed is not how often it is there, so that nothing is
+    calibrated then.
     """
     labels, known, logits = scored.labels, scored.known, scored.logits
     probabilities = scored.probabilities
@@ -136,7 +143,9 @@ def validation_metrics(scored: Scored, findings: tuple[str, ...], data: DataConf
         with_positive = labels.any(1)
         labels, probabilities = labels[with_positive], probabilities[with_positive]
         known = np.ones_like(labels, dtype=bool)
-    macro = score(probabilities, labels, known, findings)["macro"]
+        macro = observed_score(probabilities, labels, findings, kappa=data.val_kappa)["macro"]
+    else:
+        macro = score(probabilities, labels, known, findings)["macro"]
     points = operating_points(probabilities, labels, known, findings, RULES)
     chosen = {name: point for name, point in points.items() if point is not None}
     fitted = calibrate(logits, labels, known, findings) if data.val_labels == "full" else {}

@@ -96,7 +96,7 @@ def train(
     """
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
-    require_validation(card)
+    require_validation(card, run.data.val_labels)
     plan = make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size)
     method = build_method(run.train.method, run, make_model(run, card))
     if method.one_process and run.train.num_workers > 1:

@@ -1,6 +1,7 @@
 """MLflow's own servers, as real processes."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,9 @@ import pytest
 
 
 @contextmanager
-def mlflow_running(arguments: list[str], address: str, folder: Path, **environment: str) -> Iterator[None]:
+def mlflow_running(
+    arguments: list[str], address: str, folder: Path, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `mlflow` with `arguments` until the block ends, once `address` answers."""
     binaries = str(Path(sys.executable).parent)
     path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
@@ -28,10 +31,11 @@ def mlflow_running(arguments: list[str], address: str, folder: Path, **environme
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail((folder / "log.txt").read_text()[-2000:])
             time.sleep(0.3)
-        yield
+        yield process
     finally:
-        os.killpg(process.pid, 15)  # its own group: the server's workers too
-        process.wait(30)
+        if process.poll() is None:  # a test may have killed it
+            os.killpg(process.pid, signal.SIGTERM)  # its own group: the server's workers too
+            process.wait(30)
 
 
 def answers(address: str) -> bool:

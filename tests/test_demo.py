@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from logged import column, leaks
 
 SMALL = ["train.epochs=2", "search.max_trials=2", "prepare.phantom.images=800"]
 
@@ -45,7 +46,13 @@ def test_demo_and_what_follows(tmp_path: Path) -> None:
     tracking = ["--set", f"tracking.uri=sqlite:///{out / 'mlflow.db'}"]
     registered = call("register", "--checkpoint", str(out / "search" / "best"), "--model", "mine", *tracking)
     assert "models:/mine/1" in registered
-    assert "champion is version 1" in call("promote", "--model", "models:/mine/1", *tracking)
+    judged = ["--data", str(out / "data"), "--set", "gate.minimum=0"]
+    assert "champion is version 1" in call("promote", "--model", "models:/mine/1", *judged, *tracking)
+    assert "champion is version 1 again, version 2" in call(
+        "promote", "--model", "models:/mpc-cxr-demo@previous", *tracking
+    )
+    ids = [value for name in ("image_id", "patient_id") for value in column(out / "data", name)]
+    assert leaks(tracking[1].partition("=")[2], [*ids, f"{tmp_path}/", str(Path.home()) + "/"]) == []
     call(
         *("evaluate", "--model", "models:/mine@champion", "--data", str(out / "data"), "--out", str(tmp_path / "val")),
         *("--split", "val", *tracking),

@@ -1,8 +1,9 @@
-"""Register, gate, promote, fetch and load, on a real MLflow database."""
+"""Register, fetch and load, on a real MLflow database."""
 
 import base64
 import io
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -13,15 +14,21 @@ import yaml
 from factory import FINDINGS, SIZE, tiny_checkpoint
 from mlflow.tracking import MlflowClient
 
-from mpc.checkpoint import load_weights
+from mpc.checkpoint import load_weights, read_info
 from mpc.errors import MissingError, UserError
+from pipeline.card import read_card
+from pipeline.config import EvaluateConfig
 from pipeline.decode import decode
+from pipeline.evaluate import evaluate
 from pipeline.inference import load_model, pack, version_of
-from tuning.gate import Candidate, Decision, Gate
-from tuning.registry import RegisteredVersion, download, promote, register
+from tuning.gate import Gate
+from tuning.lineage import lineage_of
+from tuning.model_card import LONGEST
+from tuning.promotion import promote
+from tuning.record import RunRecord, Status
+from tuning.registry import RegisteredVersion, download, register
 from tuning.store import default_uri
-
-GATE = Gate(metric="val_macro_auroc")
+from tuning.tracking import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def registered(store: str, checkpoint: Path) -> RegisteredVersion:
-    return register(checkpoint, "served", store, metrics={"test_macro_auroc": 0.8})
+    return register(checkpoint, "served", store)
 
 
 @pytest.fixture
@@ -106,11 +113,14 @@ def test_a_version_carries_metrics_and_origin(store: str, registered: Registered
     version = MlflowClient(tracking_uri=store).get_model_version(registered.name, registered.version)
     assert registered.uri == f"models:/served/{registered.version}"
     assert version.tags["metric.val_macro_auroc"] == "0.75"
-    assert version.tags["metric.test_macro_auroc"] == "0.8"
     assert version.tags["data.digest"] == "0" * 64
     assert version.tags["findings"] == ",".join(FINDINGS)
     run = MlflowClient(tracking_uri=store).get_run(version.run_id)
-    assert run.data.metrics["test_macro_auroc"] == 0.8
+    assert run.data.metrics["val_macro_auroc"] == 0.75
+    (output,) = run.outputs.model_outputs
+    model = MlflowClient(tracking_uri=store).get_logged_model(output.model_id)
+    assert (model.name, model.source_run_id) == ("served", version.run_id)
+    assert model.artifact_location == version.source
     assert run.info.status == "FINISHED"
 
 
@@ -127,20 +137,71 @@ def test_a_downloaded_version_is_a_checkpoint(
     assert not list(elsewhere.iterdir())
 
 
-def test_only_a_better_version_becomes_champion(store: str, tmp_path: Path, elsewhere: Path) -> None:
-    versions = []
-    for seed, value in enumerate((0.70, 0.65, 0.80)):
-        tiny_checkpoint(tmp_path / str(seed), seed=seed, metrics={"val_macro_auroc": value})
-        versions.append(register(tmp_path / str(seed), "gated", store).version)
-    decisions = [promote("gated", version, store, gate=GATE) for version in versions]
-    assert [item.decision for item in decisions] == [Decision.ACCEPT, Decision.REFUSE, Decision.ACCEPT]
-    assert "0.6500 against 0.7000 of champion 1" in decisions[1].reason
+def test_the_card_shows_scores_with_intervals_and_what_they_do_not_cover(
+    phantom_data: str, tmp_path: Path, store: str
+) -> None:
+    card = read_card(phantom_data)
+    tiny_checkpoint(tmp_path / "best", findings=card.findings, digest=card.digest)
+    evaluation = evaluate(tmp_path / "best", phantom_data, "test", tmp_path, config=EvaluateConfig(resamples=100))
+    version = register(tmp_path / "best", "carded", store, evaluation=evaluation, data=card)
+    found = MlflowClient(tracking_uri=store).get_model_version("carded", version.version)
+    package = Path(MlflowClient(tracking_uri=store).get_model_version_download_uri("carded", version.version))
+    text = (package / "model_card.md").read_text()
+    macro = evaluation["macro"]
+    low, high = macro["auroc_interval"]
+    assert f"| AUROC | {macro['auroc']:.3f} | {low:.3f} to {high:.3f} |" in text
+    assert found.tags["metric.test_macro_auroc_low"] == repr(low)
+    assert found.tags["metric.test_macro_auroc"] == repr(macro["auroc"])
+    for finding, row in evaluation["findings"].items():
+        assert f"| {finding} | {row['n_pos']} | {row['n_neg']} |" in text
+    assert "Trained on synthetic images" in text
+    assert f"| train | {card.counts['train'].images} | {card.counts['train'].patients} |" in text
+    assert f"Not calibrated, so that a probability orders images and means no frequency: {card.findings[0]}" in text
+    for title in ("Intended use", "Method", "Data", "Metrics", "Limits", "Origin", "Every finding"):
+        assert f"\n## {title}\n" in text
+    assert text.startswith(found.description.partition("\n\nThe whole card")[0])
+    assert len(found.description) <= LONGEST
+    assert str(tmp_path) not in text
+    assert phantom_data not in text
+
+
+def test_without_images_the_card_says_so(store: str, registered: RegisteredVersion) -> None:
+    text = MlflowClient(tracking_uri=store).get_model_version("served", registered.version).description
+    assert "without intervals" in text
+    assert "| val_macro_auroc | 0.750 |" in text
+    assert "not at hand" in text
+    assert "not a medical device" in text
+
+
+def test_a_version_belongs_to_the_run_and_the_search_that_made_it(checkpoint: Path, tmp_path: Path, store: str) -> None:
+    """`search/best` is the best trial's checkpoint: its records lie as a search leaves them."""
+    out = tmp_path / "search"
+    records = [RunRecord(key="s", name="search", experiment="e", status=Status.FINISHED)]
+    records.append(RunRecord(key="s/t1", name="t1", experiment="e", parent="s", tags={"data.name": "collection-7"}))
+    tracker = Tracker(store, "e")
+    runs = [tracker.start_run(record) for record in records]
+    tracker.close()
+    for place, record in zip((out, out / "trials" / "t1"), records, strict=True):
+        shutil.copytree(checkpoint, place / "best")
+        (place / "tracking.json").write_text(record.model_dump_json())
+    (out / "search.json").write_text(json.dumps({"best": "t1"}))
     client = MlflowClient(tracking_uri=store)
-    assert str(client.get_model_version_by_alias("gated", "champion").version) == versions[2]
-    assert client.get_model_version("gated", versions[1]).tags["gate.decision"] == "refuse"
-    assert download("models:/gated@champion", store).joinpath("registered.txt").read_text() == "gated/3\n"
-    assert promote("gated", versions[1], store).reason == "promoted without a gate"
-    assert str(client.get_model_version_by_alias("gated", "champion").version) == versions[1]
+    for place in (out / "best", out / "trials" / "t1" / "best"):
+        version = client.get_model_version("m", register(place, "m", store, lineage=lineage_of(str(place))).version)
+        assert version.run_id == version.tags["lineage.run_id"] == runs[1].run_id
+        assert version.tags["lineage.search_id"] == runs[0].run_id
+        assert version.tags["lineage.search_key"] == "s"
+        assert version.tags["data.digest"] == read_info(place).data_digest
+        assert "| data set | collection-7 |" in version.description
+        assert "| search | search |" in version.description
+    assert len(client.get_run(str(runs[1].run_id)).outputs.model_outputs) == 2
+    (out / "trials" / "t1" / "tracking.json").write_text(
+        records[1].model_copy(update={"key": "s/t2"}).model_dump_json()
+    )
+    version = register(out / "best", "m", store, lineage=lineage_of(str(out / "best")))
+    found = client.get_model_version("m", version.version)
+    assert found.tags["lineage.run_key"] == "s/t2", "its run is not on this server, its name is"
+    assert "lineage.run_id" not in found.tags
 
 
 @pytest.mark.parametrize(
@@ -170,30 +231,4 @@ def test_names_and_folders_that_do_not_register(store: str, tmp_path: Path) -> N
     with pytest.raises(MissingError, match=r"checkpoint\.json"):
         register(tmp_path, "served", store)
     with pytest.raises(MissingError, match="no registered model"):
-        promote("absent", 1, store, gate=GATE)
-
-
-NEW = Candidate("2", {"val_macro_auroc": 0.7}, "d1")
-
-
-@pytest.mark.parametrize(
-    ("new", "champion", "decision"),
-    [
-        (NEW, None, Decision.ACCEPT),
-        (NEW, Candidate("1", {"val_macro_auroc": 0.7}, "d1"), Decision.ACCEPT),
-        (NEW, Candidate("1", {"val_macro_auroc": 0.71}, "d1"), Decision.REFUSE),
-        (NEW, Candidate("1", {"val_macro_auroc": 0.6}, "d2"), Decision.REFUSE),
-        (NEW, Candidate("1", {}, "d1"), Decision.REFUSE),
-        (NEW, NEW, Decision.ACCEPT),
-        (Candidate("2", {}, "d1"), None, Decision.REFUSE),
-    ],
-)
-def test_the_gate(new: Candidate, champion: Candidate | None, decision: Decision) -> None:
-    verdict = GATE.judge(new, champion)
-    assert verdict.decision is decision
-    assert verdict.reason
-
-
-def test_a_tolerance_lets_a_little_less_through() -> None:
-    champion = Candidate("1", {"val_macro_auroc": 0.71}, "d1")
-    assert Gate(tolerance=0.02).judge(NEW, champion).decision is Decision.ACCEPT
+        promote("absent", 1, store, gate=Gate())

@@ -81,7 +81,3 @@ class TrackingConfig(Config):
     """Tracking server or database; None takes `MLFLOW_TRACKING_URI`, else `mlflow.db` in the run's folder."""
     model_name: str = "mpc-cxr"
     """Name in the registry under which the demo registers its best trial."""
-    gate_metric: str | None = "val_macro_auroc"
-    """What `promote` compares with the champion; a version that is worse is refused. None lets every version pass."""
-    gate_tolerance: NonNegative = 0.0
-    """How much lower than the champion's the value may be."""

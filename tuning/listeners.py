@@ -8,6 +8,7 @@ from ray.tune.experiment import Trial
 from ray.tune.logger import LoggerCallback
 
 from mpc.config import CheckpointInfo
+from mpc.errors import UserError
 from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
@@ -15,6 +16,7 @@ from pipeline.versions import git_commit, versions
 from tuning.follow import name_of, settings_of
 from tuning.keeping import surviving
 from tuning.record import RunRecord, Status, epoch_metrics, without_places
+from tuning.space import apply
 from tuning.tracking import TrackedRun, Tracker
 
 RECORD = "tracking.json"
@@ -81,13 +83,27 @@ def open_run(
     run = tracker.start_run(record, parent)
     if config:
         tracker.log_config(run, record.config)
+    log_data(tracker, run)
     return run
 
 
-def close_run(tracker: Tracker, folder: str, run: TrackedRun, status: Status) -> None:
-    """Ends the run and writes how it ended beside its metrics."""
+def log_data(tracker: Tracker, run: TrackedRun) -> None:
+    """The data set that the run's tags name, as MLflow's own kind of input."""
+    tags = run.record.tags
+    if "data.digest" in tags:
+        tracker.log_dataset(run, tags.get("data.name", "data"), tags["data.digest"])
+
+
+def close_run(
+    tracker: Tracker, folder: str, run: TrackedRun, status: Status, tags: Mapping[str, str] | None = None
+) -> None:
+    """Ends the run, with its last tags, and writes how it ended beside its metrics."""
+    tags = dict(tags or {})
+    ended = run.record.model_copy(update={"status": status, "tags": {**run.record.tags, **tags}})
     with surviving(f"{RECORD} of {run.record.name}"):
-        write_record(folder, run.record.model_copy(update={"status": status}))
+        write_record(folder, ended)
+    if tags:
+        tracker.set_tags(run, tags)
     tracker.end_run(run, status)
 
 
@@ -121,7 +137,6 @@ class RunListener:
         tags = {**data_tags(card), "method": run.train.method, **self.tags}
         config = run.model_dump(mode="json")
         self.run = open_run(self.tracker, self.out, self.name, config=config, tags=tags, parent=self.parent)
-        self.tracker.log_dataset(self.run, card.name, card.digest)
 
     def on_log(self, line: dict[str, Any]) -> None:
         """Progress inside an epoch is for eyes, not for the record."""
@@ -134,10 +149,11 @@ class RunListener:
     def on_end(self, status: str, best_checkpoint: str | None) -> None:
         """Closes the run: FINISHED, FAILED or KILLED, and at which epoch its best checkpoint stands."""
         assert self.run is not None, "on_start comes first"
+        tags = {}
         if best_checkpoint is not None:
             info = CheckpointInfo.model_validate_json(storage.read_bytes(storage.join(best_checkpoint, INFO_FILE)))
-            self.tracker.set_tags(self.run, {"best.epoch": f"{info.epoch:g}", "best.step": str(info.step)})
-        close_run(self.tracker, self.out, self.run, Status(status))
+            tags = {"best.epoch": f"{info.epoch:g}", "best.step": str(info.step)}
+        close_run(self.tracker, self.out, self.run, Status(status), tags)
 
 
 class MlflowCallback(LoggerCallback):  # type: ignore[misc]
@@ -149,6 +165,7 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
         tracker: where to.
         parent: run of the search.
         trials: folder that holds one folder a trial, named by its name or id, with metrics.jsonl.
+        base: what every trial shares: its resolved configuration is this with its own settings.
         tags: of every trial.
         step: key of a result that counts epochs; Tune's own iteration restarts after a restore.
     """
@@ -159,10 +176,11 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
         parent: TrackedRun,
         trials: str,
         *,
+        base: RunConfig | None = None,
         tags: Mapping[str, str] | None = None,
         step: str = "epoch",
     ) -> None:
-        self.tracker, self.parent, self.trials = tracker, parent, trials
+        self.tracker, self.parent, self.trials, self.base = tracker, parent, trials, base
         self.tags, self.step = dict(tags or {}), step
         self._runs: dict[str, TrackedRun] = {}
 
@@ -179,11 +197,20 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
             self.tracker,
             self._folder(trial),
             name_of(trial),
-            config=sampled,
+            config=self._resolved(sampled),
             tags={"trial_id": trial.trial_id, **self.tags},
             key=f"{self.parent.record.key}/{trial.trial_id}",
             parent=self.parent,
         )
+
+    def _resolved(self, sampled: dict[str, Any]) -> dict[str, Any]:
+        """All settings of a trial; only its own ones where they make no run together, which ends the trial itself."""
+        if self.base is None:
+            return sampled
+        try:
+            return apply(self.base, sampled, "trial").model_dump(mode="json")
+        except UserError:
+            return sampled
 
     def log_trial_result(self, iteration: int, trial: Trial, result: dict[str, Any]) -> None:
         """The epoch's metrics that are ours."""

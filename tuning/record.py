@@ -13,7 +13,7 @@ from pipeline.dotted import flat
 from pipeline.meter import RATIOS
 
 METRICS = frozenset({"lr", "ramp", "loss", "images_per_s", "data_wait_share", "seconds", "cost", *RATIOS})
-PREFIXES = ("loss_", "val_")
+PREFIXES = ("loss_", "val_", "system/")
 
 
 class Status(StrEnum):

@@ -1,4 +1,4 @@
-"""The model registry on MLflow: register a checkpoint, promote a version through a gate, fetch one as a checkpoint."""
+"""The model registry on MLflow: register a checkpoint as a version, fetch a version as a checkpoint."""
 
 import atexit
 import re
@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow.artifacts import download_artifacts, list_artifacts
-from mlflow.entities import Metric
+from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -17,14 +17,19 @@ from mpc.checkpoint import INFO, read_info
 from mpc.config import CheckpointInfo
 from mpc.errors import MissingError, UserError
 from mpc.reference import FILE as REFERENCE
+from pipeline.card import DatasetCard
 from pipeline.inference import REGISTERED_FILE
-from tuning.gate import Candidate, Decision, Gate, Verdict
+from tuning.model_card import FILE as CARD_FILE
+from tuning.model_card import description, model_card
 from tuning.package import WEIGHTS, write_package
 from tuning.record import Status, finite
 from tuning.store import client_of, experiment_id
 
-CHAMPION = "champion"
-METRIC_TAG, DIGEST_TAG = "metric.", "metric_data.digest"
+if TYPE_CHECKING:  # it imports Ray, which fetching a version does without
+    from tuning.lineage import Lineage
+
+CHAMPION, PREVIOUS = "champion", "previous"
+METRIC_TAG, DIGEST_TAG = "metric.", "data.digest"
 URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@:]+))")
 NAME = re.compile(r"[^/:@\s]+")
 
@@ -43,9 +48,9 @@ def register(
     name: str,
     tracking_uri: str,
     *,
-    run_id: str | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    data_digest: str | None = None,
+    lineage: "Lineage | None" = None,
+    evaluation: Mapping[str, Any] | None = None,
+    data: DatasetCard | None = None,
     tags: Mapping[str, str] | None = None,
     experiment: str = "mpc-cxr",
 ) -> RegisteredVersion:
@@ -55,11 +60,12 @@ def register(
         checkpoint: local folder.
         name: of the model.
         tracking_uri: server or database.
-        run_id: MLflow run that trained it; None makes a run for the version.
-        metrics: that the gate compares, e.g. `{"test_macro_auroc": 0.83}`; those of the checkpoint are always there.
-        data_digest: data set that all metrics were measured on; None takes the checkpoint's.
+        lineage: run and search that it comes from. Where the server has that run, the version belongs to it; otherwise,
+            or without, a run is made for the version.
+        evaluation: content of metrics.json, for the model card and the version's tags.
+        data: card of the data set that was trained on, for the model card.
         tags: further tags of the version.
-        experiment: of a run that is made here.
+        experiment: of the run.
 
     Raises:
         UserError: a name that MLflow does not take, no checkpoint there, or a registry that fails.
@@ -67,64 +73,31 @@ def register(
     if not NAME.fullmatch(name):
         raise UserError(f"model name {name!r}: use one word without / : @, such as mpc-cxr")
     info = read_info(checkpoint)
-    values = finite({**info.metrics, **(metrics or {})})
     client = client_of(tracking_uri)
-    with TemporaryDirectory(prefix="mpc-cxr-") as work, _explained(tracking_uri):
+    with TemporaryDirectory(prefix="mpc-cxr-") as work, explained(tracking_uri):
+        origin = {**_origin(lineage), **(lineage.tags(client) if lineage else {})}
+        card = model_card(name, info, origin=origin, evaluation=evaluation, data=data)
         write_package(checkpoint, info, Path(work) / "model")
-        where = experiment_id(client, tracking_uri, experiment)
-        run = client.get_run(run_id) if run_id else client.create_run(where, run_name=f"register {name}")
-        model = client.create_logged_model(run.info.experiment_id, name=name, source_run_id=run.info.run_id)
+        (Path(work) / "model" / CARD_FILE).write_text(card, encoding="utf-8")
+        values = finite({**info.metrics, **_scores(evaluation)})
+        run_id = origin.get("lineage.run_id")
+        run_id = run_id or _own_run(client, experiment_id(client, tracking_uri, experiment), name, values)
+        where = client.get_run(run_id).info.experiment_id
+        model = client.create_logged_model(where, name=name, source_run_id=run_id)
         client.log_model_artifacts(model.model_id, str(Path(work) / "model"))
         client.finalize_logged_model(model.model_id, "READY")
-        if run_id is None:
-            client.log_batch(run.info.run_id, metrics=[Metric(key, value, 0, 0) for key, value in values.items()])
-            client.set_terminated(run.info.run_id, Status.FINISHED.value)
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, info.step)])
         _ensure_model(client, name)
         # the place itself: MLflow resolves models:/m-ID through its global tracking URI, which we leave alone
         version = client.create_model_version(
             name,
             source=model.artifact_location,
-            run_id=run.info.run_id,
+            run_id=run_id,
             model_id=model.model_id,
-            tags={**_tags(info, values, data_digest), **(tags or {})},
+            description=description(card),
+            tags={**_tags(info, values), **origin, **(tags or {})},
         )
     return RegisteredVersion(name, str(version.version), f"models:/{name}/{version.version}")
-
-
-def promote(
-    name: str,
-    version: str | int,
-    tracking_uri: str,
-    *,
-    alias: str = CHAMPION,
-    gate: Gate | None = None,
-) -> Verdict:
-    """Points `alias` at a version if the gate accepts it; decision and reason become tags of the version.
-
-    Args:
-        name: of the model.
-        version: number.
-        tracking_uri: server or database.
-        alias: that moves.
-        gate: what judges; None lets every version through, and says so.
-
-    Raises:
-        UserError: no such model or version, or a registry that fails.
-    """
-    client = client_of(tracking_uri)
-    with _explained(tracking_uri):
-        new = _candidate(_version(client, name, str(version)))
-        holder = _holder(client, name, alias)
-        verdict = (
-            gate.judge(new, _candidate(holder) if holder else None)
-            if gate
-            else Verdict(Decision.ACCEPT, "promoted without a gate")
-        )
-        for key, value in {"gate.decision": verdict.decision.value, "gate.reason": verdict.reason}.items():
-            client.set_model_version_tag(name, new.version, key, value)
-        if verdict.decision is Decision.ACCEPT:
-            client.set_registered_model_alias(name, alias, new.version)
-    return verdict
 
 
 def download(uri: str, tracking_uri: str) -> Path:
@@ -143,9 +116,9 @@ def download(uri: str, tracking_uri: str) -> Path:
         raise UserError(f"{uri!r} is no registered model; write models:/NAME@{CHAMPION} or models:/NAME/VERSION")
     client = client_of(tracking_uri)
     name = match["name"]
-    with _explained(tracking_uri):
+    with explained(tracking_uri):
         version = (
-            _version(client, name, match["version"]) if match["version"] else _aliased(client, name, match["alias"])
+            version_of(client, name, match["version"]) if match["version"] else _aliased(client, name, match["alias"])
         )
         folder = Path(mkdtemp(prefix="mpc-cxr-model-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -170,7 +143,7 @@ def download(uri: str, tracking_uri: str) -> Path:
     return folder
 
 
-class _explained:  # noqa: N801
+class explained:  # noqa: N801
     """Turns what MLflow raises into one line for the user."""
 
     def __init__(self, tracking_uri: str) -> None:
@@ -185,12 +158,36 @@ class _explained:  # noqa: N801
             raise UserError(f"MLflow at {self.tracking_uri}: {text}; check the address and that it runs") from error
 
 
-def _tags(info: CheckpointInfo, metrics: Mapping[str, float], data_digest: str | None) -> dict[str, str]:
-    """What a version says about itself; the gate reads the metrics from here."""
+def _own_run(client: MlflowClient, experiment: str, name: str, metrics: Mapping[str, float]) -> str:
+    """A run for a version whose training the server has not seen."""
+    run_id = str(client.create_run(experiment, run_name=f"register {name}").info.run_id)
+    client.log_batch(run_id, metrics=[Metric(key, value, 0, 0) for key, value in metrics.items()])
+    client.set_terminated(run_id, Status.FINISHED.value)
+    return run_id
+
+
+def _origin(lineage: "Lineage | None") -> dict[str, str]:
+    """What the training run's own record says of its data."""
+    tags = lineage.run.tags if lineage and lineage.run else {}
+    return {key: tags[key] for key in ("data.name", "data.synthetic") if key in tags}
+
+
+def _scores(evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The means of an evaluation as metrics, such as `test_macro_auroc`, with the ends of their intervals."""
+    if evaluation is None:
+        return {}
+    found: dict[str, Any] = {}
+    for name in ("auroc", "ap"):
+        key, bounds = f"{evaluation['split']}_macro_{name}", evaluation["macro"][f"{name}_interval"] or (None, None)
+        found |= {key: evaluation["macro"][name], f"{key}_low": bounds[0], f"{key}_high": bounds[1]}
+    return found
+
+
+def _tags(info: CheckpointInfo, metrics: Mapping[str, float]) -> dict[str, str]:
+    """What a version says about itself."""
     return {
         **{f"{METRIC_TAG}{key}": repr(value) for key, value in metrics.items()},
-        DIGEST_TAG: data_digest or info.data_digest,
-        "data.digest": info.data_digest,
+        DIGEST_TAG: info.data_digest,
         "findings": ",".join(info.findings),
         "step": str(info.step),
         "git_commit": info.git_commit or "unknown",
@@ -206,14 +203,12 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _candidate(version: Any) -> Candidate:
-    """The gate's view of a version."""
-    tags = version.tags
-    metrics = {key.removeprefix(METRIC_TAG): float(tags[key]) for key in tags if key.startswith(METRIC_TAG)}
-    return Candidate(str(version.version), metrics, tags.get(DIGEST_TAG, ""))
+def uri_of(version: Any) -> str:
+    """`models:/NAME/VERSION` of what MLflow holds."""
+    return f"models:/{version.name}/{version.version}"
 
 
-def _holder(client: MlflowClient, name: str, alias: str) -> Any | None:
+def holder_of(client: MlflowClient, name: str, alias: str) -> Any | None:
     """The version that an alias points at; None where it points nowhere."""
     number = client.get_registered_model(name).aliases.get(alias)
     return None if number is None else client.get_model_version(name, str(number))
@@ -222,14 +217,14 @@ def _holder(client: MlflowClient, name: str, alias: str) -> Any | None:
 def _aliased(client: MlflowClient, name: str, alias: str) -> Any:
     """The version behind an alias; UserError names the aliases that exist."""
     _known(client, name)
-    found = _holder(client, name, alias)
+    found = holder_of(client, name, alias)
     if found is None:
         aliases = ", ".join(sorted(client.get_registered_model(name).aliases)) or "none"
         raise MissingError(f"models:/{name}@{alias}: no such alias; {name} has {aliases}; promote a version first")
     return found
 
 
-def _version(client: MlflowClient, name: str, version: str) -> Any:
+def version_of(client: MlflowClient, name: str, version: str) -> Any:
     """A version by number; UserError names those that exist."""
     _known(client, name)
     versions = {str(item.version): item for item in client.search_model_versions(f"name = '{name}'")}

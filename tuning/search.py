@@ -67,7 +67,7 @@ def search(
         raise UserError("train.min_workers: trials keep their number of workers; unset it and set train.num_workers")
     data, out = storage.absolute(data), storage.absolute(out)
     card = read_card(data)
-    require_validation(card)
+    require_validation(card, run.data.val_labels)
     make_scheduler(config, run, space, storage.join(out, TRIALS))
     runtime.start(dashboard=run.train.num_workers > 1)
     placed = plan(run, config, cluster())

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from mpc.errors import MissingError, UserError
 from pipeline import storage
 from pipeline.record import MetricsLog
-from tuning.listeners import RECORD, read_record
+from tuning.listeners import RECORD, log_data, read_record
 from tuning.record import RunRecord, Status, epoch_metrics
 from tuning.tracking import TrackedRun, Tracker
 
@@ -39,6 +39,8 @@ def sync(folder: str, tracking_uri: str) -> SyncSummary:
             trackers[record.experiment] = Tracker(tracking_uri, record.experiment)
         tracker = trackers[record.experiment]
         run = runs[record.key] = tracker.start_run(record, runs.get(record.parent or ""))
+        tracker.set_tags(run, record.tags)
+        log_data(tracker, run)
         if record.config:
             tracker.log_config(run, record.config)
         for line in MetricsLog(place).read():

@@ -229,9 +229,9 @@ class Tracker:
             tags = {**run.record.tags, KEY_TAG: run.record.key}
             if run.parent is not None:
                 tags[PARENT_TAG] = self._open(client, run.parent)
-            elif run.record.parent and (parent := _find(client, experiment, run.record.parent)):
+            elif run.record.parent and (parent := find_run(client, experiment, run.record.parent)):
                 tags[PARENT_TAG] = parent
-            run_id = _find(client, experiment, run.record.key)
+            run_id = find_run(client, experiment, run.record.key)
             if run_id is None:
                 run_id = str(client.create_run(experiment, run_name=run.record.name, tags=tags).info.run_id)
             else:
@@ -246,8 +246,8 @@ class Tracker:
         return self._experiment_id
 
 
-def _find(client: MlflowClient, experiment: str, key: str) -> str | None:
-    """The id of the run with this key."""
+def find_run(client: MlflowClient, experiment: str, key: str) -> str | None:
+    """The id of the run with this key; None where the experiment has none."""
     found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
     return str(found[0].info.run_id) if found else None
 

@@ -19,10 +19,13 @@ from infra.cli.options import (
     start_ray,
 )
 from infra.console import fault, progress, say, table
-from infra.tracking import gate_of, tracking_uri
+from infra.tracking import tracking_uri
 from mpc.errors import UserError
 
 Split = Annotated[Literal["train", "val", "test"], typer.Option("--split", help="Part of the data set to score.")]
+Judged = Annotated[
+    str | None, typer.Option("--data", metavar="URI", help="Prepared data set, of which --split is scored.")
+]
 Images = Annotated[str, typer.Option("--images", metavar="URI", help="Folder or bucket of PNG, JPEG or DICOM files.")]
 
 
@@ -38,7 +41,7 @@ def add_to(app: typer.Typer) -> None:
         epilog="Example: mpc-cxr explain --model models:/mpc-cxr@champion --images /data/new --out runs/new-maps"
     )(explain)
     app.command(epilog="Example: mpc-cxr register --checkpoint runs/mpc-1/best --model mpc-cxr")(register)
-    app.command(epilog="Example: mpc-cxr promote --model models:/mpc-cxr/3")(promote)
+    app.command(epilog="Example: mpc-cxr promote --model models:/mpc-cxr/3 --data /data/nih-224")(promote)
 
 
 def evaluate(
@@ -134,38 +137,53 @@ def explain(
 def register(
     checkpoint: Annotated[str, typer.Option("--checkpoint", metavar="URI", help="Checkpoint that training wrote.")],
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="Name of the model in the registry.")],
+    data: Judged = None,
+    split: Split = "test",
     config: Config = None,
     set_: Set = None,
     verbose: Verbose = False,
 ) -> None:
-    """Makes a checkpoint a new version of a registered model (MLflow), with signature, weights and their metadata."""
+    """Makes a checkpoint a new version of a registered model (MLflow), with signature, weights and a model card.
+
+    With --data the card shows scores on --split with intervals by patient; without, those of validation alone.
+    """
     settings = settings_of(config, set_, verbose)
     if "/" in model or ":" in model:
         raise UserError(f"--model {model}: register takes a plain name, such as mpc-cxr; MLflow counts versions")
     folder = checkpoint_of(checkpoint, None, settings)
-    from tuning import registry
+    from infra.registering import register as store
 
-    uri = tracking_uri(settings, near=checkpoint)
-    version = registry.register(folder, model, uri, experiment=settings.tracking.experiment)
+    version, uri = store(settings, checkpoint, folder, model, data, split)
     say(f"registered {version.uri} in {uri}")
 
 
 def promote(
-    model: Annotated[str, typer.Option("--model", metavar="URI", help="models:/NAME/VERSION that becomes champion.")],
+    model: Annotated[
+        str,
+        typer.Option("--model", metavar="URI", help="models:/NAME/VERSION, or models:/NAME@previous to roll back."),
+    ],
+    data: Judged = None,
+    split: Split = "val",
     config: Config = None,
     set_: Set = None,
     verbose: Verbose = False,
 ) -> None:
-    """Points the alias `champion` at a version unless it scores lower than the champion; then the exit code is 1.
+    """Points the alias `champion` at a version that passes the gate (settings gate.*); else the exit code is 1.
 
-    What is compared is tracking.gate_metric, by at most tracking.gate_tolerance (both scores in 0..1).
+    Version and champion are scored on the same images of --data: the paired interval by patient must lie above
+    -gate.margin, and each finding must reach gate.minimum (scores in 0..1). models:/NAME@previous goes back.
     """
     settings = settings_of(config, set_, verbose)
     name, version = _name_and_version(model)
-    from tuning import registry
+    from infra.registering import promote as judge
     from tuning.gate import Decision
+    from tuning.promotion import rollback
 
-    verdict = registry.promote(name, version, tracking_uri(settings), gate=gate_of(settings))
+    if version is None:
+        back, gone = rollback(name, tracking_uri(settings))
+        say(f"models:/{name}@champion is version {back} again, version {gone} no longer")
+        return
+    verdict = judge(settings, name, version, data, split)
     if verdict.decision is Decision.REFUSE:
         fault("refused", f"{model}: {verdict.reason}")
         raise typer.Exit(1)
@@ -214,9 +232,13 @@ def _interval(bounds: list[float] | None, sign: str = "") -> str:
     return "–" if bounds is None else f"{bounds[0]:{sign}.3f} to {bounds[1]:{sign}.3f}"
 
 
-def _name_and_version(uri: str) -> tuple[str, int]:
-    """`("NAME", 3)` from `models:/NAME/3`."""
+def _name_and_version(uri: str) -> tuple[str, int | None]:
+    """`("NAME", 3)` from `models:/NAME/3`, `("NAME", None)` from `models:/NAME@previous`."""
+    if uri.startswith("models:/") and uri.endswith("@previous") and "/" not in uri.removeprefix("models:/"):
+        return uri.removeprefix("models:/").removesuffix("@previous"), None
     name, slash, version = uri.removeprefix("models:/").rpartition("/")
     if not (uri.startswith("models:/") and slash and name and version.isdigit()):
-        raise UserError(f"--model {uri}: promote needs a version, such as models:/mpc-cxr/3")
+        raise UserError(
+            f"--model {uri}: promote needs a version, such as models:/mpc-cxr/3, or models:/mpc-cxr@previous"
+        )
     return name, int(version)

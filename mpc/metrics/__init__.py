@@ -6,11 +6,12 @@
 
 from mpc.metrics.calibration import Calibration, calibrate, calibration, reliability
 from mpc.metrics.intervals import compare, intervals
+from mpc.metrics.observed import observed_score
 from mpc.metrics.resampling import Resamples
 from mpc.metrics.scores import score
 from mpc.metrics.thresholds import RULES, counts_at, operating_points, rates
 
 __all__ = [
     "RULES", "Calibration", "Resamples", "calibrate", "calibration", "compare", "counts_at", "intervals",
-    "operating_points", "rates", "reliability", "score",
+    "observed_score", "operating_points", "rates", "reliability", "score",
 ]  # fmt: skip
