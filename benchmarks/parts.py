@@ -25,6 +25,7 @@ def parts_of(case: Case, repeats: int) -> dict[str, float]:
     loop = BenchLoop(run_of(case, "AN"), "", card_of(case.side), TimedHost(Stopwatch(case, bool)))
     arrays, transfer = held(case.batch, case.side, strong=False), Transfer(loop.host.device)
     batch = transfer(arrays)
+    loop.train_step(batch)
     loss, output = loop.step_module(batch, Progress(0, 1, 1))
     torch.autograd.backward(loss)
     parameters = [p for group in loop.optimizer.param_groups for p in group["params"]]

@@ -6,8 +6,8 @@ Utilisation is the model's floating-point operations against those of the fastes
 machine in the same number format. Every row has a process of its own, and rows take turns of a few steps, so that a
 machine whose pace changes favours none of them; ratios are taken within a round.
 
-Tables: `step`; `parts`, what our loop does besides the least; `settings` of the loop; `workers`, 1 to 4 of them, against
-as many processes that know nothing of each other; `stream`, on synthetic images that are read and augmented meanwhile.
+Tables: `step`; `parts`, what our loop does besides the least; `settings` of the loop; `workers`, 1 to 4 of them,
+against as many processes that know nothing of each other; `stream`, on synthetic images read and augmented meanwhile.
 """
 
 import argparse
