@@ -6,8 +6,8 @@ Utilisation is the model's floating-point operations against those of the fastes
 machine in the same number format. Every row has a process of its own, and rows take turns of a few steps, so that a
 machine whose pace changes favours none of them; ratios are taken within a round.
 
-Tables: `step`; `settings` of the loop; `workers`, 1 to 4 of them, against as many processes that know nothing of each
-other; `stream`, on synthetic images that are read and augmented meanwhile.
+Tables: `step`; `parts`, what our loop does besides the least; `settings` of the loop; `workers`, 1 to 4 of them,
+against as many processes that know nothing of each other; `stream`, on synthetic images read and augmented meanwhile.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from parts import parts_table
 from ranks import images_per_second
 from steps import BenchLoop, Case, Stopwatch, Stretch, TimedHost, by_hand, card_of, held, ours, run_of
 from stream import BATCH, synthetic
@@ -228,7 +229,13 @@ def stream_table(case: Case, rounds: int) -> None:
             print(f"{row:34}{1e3 * BATCH / found.ms():10.1f}{waited:9.1%}", flush=True)
 
 
-TABLES = {"step": step_table, "settings": settings_table, "workers": workers_table, "stream": stream_table}
+TABLES = {
+    "step": step_table,
+    "parts": parts_table,
+    "settings": settings_table,
+    "workers": workers_table,
+    "stream": stream_table,
+}
 
 
 def main() -> None:
