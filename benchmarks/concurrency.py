@@ -96,7 +96,7 @@ class Calls:
         """Notes a request."""
         with self._lock:
             self.seconds[name].append(seconds)
-            self.bytes[name] += len(reply.request.body or b"") + len(reply.content)
+            self.bytes[name] += int(reply.request.headers.get("Content-Length", 0)) + len(reply.content)
 
     def taken(self) -> tuple[dict[str, list[float]], Counter[str]]:
         """What was noted since the last call."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from mpc.build import build_model
-from mpc.checkpoint import INFO, load_into, read_info
+from mpc.checkpoint import INFO, Kind, load_into, load_weights, read_info
 from mpc.config import CheckpointInfo
 from mpc.errors import UserError
 from mpc.model import Classifier
@@ -108,15 +108,17 @@ def pack(checkpoint: Path) -> Packed:
     """Metadata, averaged weights and reference of a checkpoint as bytes.
 
     Raises:
-        UserError: no checkpoint there.
+        UserError: no checkpoint there, or weights that are no safetensors file.
     """
     read_info(checkpoint)
-    weights = next((path for kind in ("ema", "model") if (path := checkpoint / f"{kind}.safetensors").is_file()), None)
-    if weights is None:
+    kinds: tuple[Kind, ...] = ("ema", "model")
+    kind = next((kind for kind in kinds if (checkpoint / f"{kind}.safetensors").is_file()), None)
+    if kind is None:
         raise UserError(f"{checkpoint}: no ema.safetensors nor model.safetensors; give a whole checkpoint")
+    load_weights(checkpoint, kind)  # a damaged file is told here, not by a task on another machine
     reference = checkpoint / REFERENCE
     held = reference.read_bytes() if reference.is_file() else b""
-    return Packed((checkpoint / INFO).read_bytes(), weights.read_bytes(), held)
+    return Packed((checkpoint / INFO).read_bytes(), (checkpoint / f"{kind}.safetensors").read_bytes(), held)
 
 
 def unpack(packed: Packed, device: str) -> LoadedModel:
