@@ -28,7 +28,7 @@ from pipeline.reference import runs_of
 from pipeline.stored import read_images
 
 Images = NDArray[np.uint8]
-SEED, NEIGHBOURS, SIDE = 1000, 10, 512
+SEED, NEIGHBOURS, SIDE = 1000, 10, 256
 
 
 def png(image: Images) -> bytes:

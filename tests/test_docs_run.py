@@ -18,6 +18,7 @@ pytestmark = pytest.mark.slow
 
 ELSEWHERE = {
     "jobs": "needs a cluster that submit started: tests/test_submit.py",
+    "serve": "answers until Ctrl-C: tests/test_serve.py",
 }
 """Verbs that do not run here, and where they do."""
 NETWORK = ("model.backbone=test_efficientnet_gn", "model.weights=none")

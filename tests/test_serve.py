@@ -41,7 +41,7 @@ from pipeline.inference import load_model
 from pipeline.judge import Scale
 from pipeline.overlay import blend
 
-WAIT = 90  # seconds for what takes one on an idle machine
+WAIT = 300  # seconds for what takes two on an idle machine
 BYTES = {"Content-Type": "application/octet-stream"}
 FITS = {name: CalibrationInfo(temperature=1.5, slope=2.0, shift=0.5) for name in FINDINGS}
 
@@ -290,9 +290,8 @@ def test_the_page_in_a_browser(server: Server, tmp_path: Path) -> None:
         assert not shown("#result, #flags"), "nothing of the file before is left"
         give("long.png", "#error", "too_large: more than 0.5 MiB")
         shot(chrome, shots / "serve-refused.png")
-        expected = ("status of 415",)  # the browser's own word on the refusal
-        said = [entry["message"] for entry in chrome.get_log("browser")]
-        assert not [line for line in said if not any(part in line for part in expected)], "no script or policy failed"
+        failed = [entry["message"] for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
+        assert [line for line in failed if "status of 415" not in line] == [], "no script failed, no policy was broken"
 
 
 def answer(server: Server, path: Path) -> dict[str, Any]:
