@@ -1,6 +1,7 @@
 """Every command of the README and of the docs is run, page after page, on small data in the places that they name."""
 
 import json
+import re
 import shlex
 import shutil
 import time
@@ -21,6 +22,13 @@ ELSEWHERE = {
     "serve": "answers until Ctrl-C: tests/test_serve.py",
 }
 """Verbs that do not run here, and where they do."""
+PLANNED = {
+    "benchmark": "takes hours: tests/test_benchmark.py runs a small one",
+    "submit": "needs a cluster: tests/test_submit.py and tests/test_proof.py",
+}
+"""Verbs that do not go past --dry-run here, and where they do."""
+CLUSTER = re.compile(r"cluster\.|endpoint_override")
+"""In calls of `doctor` that ask a cluster: tests/test_doctor.py."""
 NETWORK = ("model.backbone=test_efficientnet_gn", "model.weights=none")
 RUN = ("train.epochs=1", "train.batch_size=16", "train.worker_cpus=0.5", "data.tasks=1", "data.task_cpus=0.25")
 SMALLER = {
@@ -30,6 +38,8 @@ SMALLER = {
     "demo": ("train.epochs=2", "search.max_trials=2", "prepare.phantom.images=800"),
     "evaluate": ("evaluate.resamples=100",),
     "explain": ("explain.limit=2",),
+    "register": ("evaluate.resamples=100",),
+    "promote": ("evaluate.resamples=100", "gate.minimum=0", "gate.minimums={}", "gate.margin=1"),
 }
 """Settings that make a verb's work small; the documented ones are taken first, so that they too must be accepted."""
 
@@ -72,12 +82,12 @@ class Tour:
         """Runs one documented call; what went wrong, if anything did."""
         verb, *rest = shlex.split(self.localised(call), comments=True)
         known = verb if verb == "demo" else call  # minutes, and README and start page show the same one
-        if verb in ELSEWHERE or known in self.seen:
+        if verb in ELSEWHERE or known in self.seen or (verb == "doctor" and CLUSTER.search(call)):
             return None
         self.seen.add(known)
         arguments = [verb, *rest, *(word for setting in self.settings(verb) for word in ("--set", setting))]
-        if verb == "benchmark" and "--dry-run" not in rest:
-            arguments.append("--dry-run")  # tests/test_benchmark.py runs one
+        if verb in PLANNED and "--dry-run" not in rest:
+            arguments = [verb, "--dry-run", *arguments[1:]]
         if verb in WRITERS and "--out" in rest and "--resume" not in rest:
             self.clear(rest[rest.index("--out") + 1])
         started = time.monotonic()
@@ -87,7 +97,7 @@ class Tour:
 
     def settings(self, verb: str) -> tuple[str, ...]:
         """What makes a call small, and its records those of this tour."""
-        tracked = (self.tracking,) if verb not in {"config", "prepare", "check", "benchmark"} else ()
+        tracked = (self.tracking,) if verb not in {"config", "prepare", "check", "benchmark", "submit"} else ()
         return (*SMALLER.get(verb, ()), *tracked)
 
     def clear(self, out: str) -> None:
