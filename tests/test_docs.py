@@ -107,5 +107,5 @@ def test_documented_settings_exist() -> None:
     names = rf"`((?:{'|'.join(type(settings).model_fields)})(?:\.[a-z_]+)+)`"
     for page in PAGES:
         for path in re.findall(names, page.read_text(encoding="utf-8")):
-            if not path.endswith((".json", ".html", ".py", ".csv")):
+            if not path.endswith((".json", ".html", ".py", ".csv", ".safetensors")):
                 check_path(type(settings), path, page.name)
