@@ -108,7 +108,8 @@ def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
     killed = searches.start(few_data, out, run(), config, yaml)
     searches.wait_for(lambda: len(started()) == 2, killed)  # the first one is through
     searches.kill(killed)
-    first = next(uri for uri in started() if len(read_lines(uri)) == 3)
+    records = storage.list_files(bucket, ["metrics.jsonl"])
+    first = next(uri for uri in records if len(read_lines(uri)) == 3)
     before = read_lines(first)
     searches.ended_well(searches.start(few_data, out, run(), config, yaml, resume=True))
     record = json.loads(storage.read_bytes(f"{out}/search.json"))
