@@ -23,7 +23,7 @@ def call(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_demo_and_what_follows(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     overrides = [text for setting in SMALL for text in ("--set", setting)]

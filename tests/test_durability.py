@@ -95,7 +95,7 @@ def test_a_search_without_its_tracking_server_ends_and_fills_no_disk(few_data: s
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
     few_data: str, bucket: str, searches: Searches, tmp_path: Path
 ) -> None:
@@ -126,7 +126,7 @@ def test_a_search_on_s3_is_killed_and_goes_on_with_what_asha_had_compared(
     assert storage.exists(f"{out}/best/model.safetensors")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_bucket_that_is_away_for_a_while_costs_no_trial(
     few_data: str, bucket: str, s3_server: str, searches: Searches, tmp_path: Path
 ) -> None:
@@ -187,7 +187,7 @@ cluster.shutdown()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trial_goes_on_elsewhere_when_its_machine_is_lost(few_data: str, tmp_path: Path) -> None:
     yaml = write_space(tmp_path, "optim.lr: {loguniform: [0.001, 0.01]}")
     config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=3)
@@ -203,7 +203,7 @@ def test_a_trial_goes_on_elsewhere_when_its_machine_is_lost(few_data: str, tmp_p
     assert [(trial["status"], trial["epochs"]) for trial in trials] == [("finished", 3)] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_population_is_killed_and_goes_on(few_data: str, searches: Searches, tmp_path: Path) -> None:
     config = SearchConfig(
         **LOSS, searcher="random", scheduler="pbt", max_trials=3, max_concurrent=1, seed=1, pbt={"quantile": 0.34}

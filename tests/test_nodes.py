@@ -25,7 +25,7 @@ from pipeline.config import RunConfig
 from pipeline.host import Notice
 from pipeline.loop import Loop
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 DEADLINE = 240.0  # seconds for any one thing to happen
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500}
 """Ray gives a silent node up after 5 looks: 15 s by default, here 2.5."""

@@ -25,7 +25,7 @@ from servers import mlflow_running
 
 from pipeline import storage
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 MAIN = [sys.executable, "-u", "-c", "from infra.cli import main; main()"]
 DEADLINE = 400.0  # seconds for any one thing to happen
 QUICK = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_timeout_ms": 3000}

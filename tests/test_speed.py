@@ -286,7 +286,7 @@ def test_compiling_without_a_compiler_is_told(
         Loop(tiny(train={"compile": True}), phantom_data, read_card(phantom_data), PlainHost(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_runs_equal_eager_ones_and_continue(phantom_data: str, tmp_path: Path) -> None:
     """Through warm-up, validation and a resume; the checkpoints of either continue in the other."""
     sections = {"optim": {"name": "sgd", "lr": 0.01}, "data": {"backend": "torch"}}

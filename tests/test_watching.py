@@ -92,7 +92,7 @@ def test_elsewhere_every_line_of_the_log_is_one_line(capsys: pytest.CaptureFixtu
     assert end.startswith("train: 16/32 (50 %")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_verbose_shows_every_rank_beside_the_bar(phantom_data: str, tmp_path) -> None:
     sections = {
         "model.backbone": "test_efficientnet_gn",
