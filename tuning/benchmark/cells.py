@@ -12,7 +12,7 @@ from pipeline import storage
 from pipeline.card import read_card
 from pipeline.checkpoints import BEST, opened, publish
 from pipeline.config import RunConfig
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import METRICS_FILE, evaluate
 from pipeline.host import Metrics
 from pipeline.loop import Loop
 from tuning.follow import CELL
@@ -83,7 +83,7 @@ def run_cell(
     settings = {path: value for path, value in cell.items() if "." in path}
     run = apply(RunConfig.model_validate(methods[cell["method"]]), settings, cell["name"])
     Loop(run, data, read_card(data), CellHost(folder, metric, use_gpu=run.train.use_gpu)).fit()
-    if test:
+    if test and not storage.exists(storage.join(folder, METRICS_FILE)):  # else it was killed before Tune noted its end
         with _best(folder) as checkpoint:
             evaluate(checkpoint, data, "test", folder, run.train.eval_batch_size)
     storage.delete(storage.join(folder, BEST))
