@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from mpc.errors import MissingError, UserError
 from pipeline import storage
+from pipeline.plain_types import refuse_extension_types
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".dcm", ".dicom"})
 TABLES = (".csv", ".parquet")
@@ -68,7 +69,11 @@ def _listed(images: str) -> list[str]:
     """The URIs in a table, resolved against its folder."""
     content = storage.read_bytes(images)
     try:
-        table = pq.read_table(io.BytesIO(content)) if content[:4] == b"PAR1" else pcsv.read_csv(io.BytesIO(content))
+        if content[:4] == b"PAR1":
+            refuse_extension_types(pq.read_schema(io.BytesIO(content)), f"--images {images}")
+            table = pq.read_table(io.BytesIO(content))
+        else:
+            table = pcsv.read_csv(io.BytesIO(content))
     except pa.ArrowInvalid as error:
         raise UserError(f"--images {images}: not a readable table ({str(error).splitlines()[0][:120]})") from None
     column = next((name for name in COLUMNS if name in table.column_names), None)

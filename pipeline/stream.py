@@ -19,9 +19,9 @@ import ray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from mpc.errors import UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard
+from pipeline.plain_types import refuse_extension_types
 from pipeline.plan import Plan, Span
 from pipeline.spans import SPAN_ROWS, Arrays, SpanReader, TrainingData, arrays_of
 
@@ -138,12 +138,3 @@ def scan(
     own = pads.FileSystemDataset(groups[rank::world_size], dataset.schema, dataset.format, filesystem)
     scanner = own.scanner(batch_size=batch_size, batch_readahead=2, fragment_readahead=1)
     yield from (batch for batch in scanner.to_batches() if len(batch))
-
-
-def refuse_extension_types(schema: pa.Schema, where: str) -> None:
-    """Raises UserError on any type that is not plain Arrow, before a value of it is read."""
-    for field in schema:
-        if isinstance(field.type, pa.BaseExtensionType) or (field.metadata or {}).get(b"ARROW:extension:name"):
-            raise UserError(
-                f"{where}: column {field.name} has extension type {field.type}; shards hold plain types only"
-            )

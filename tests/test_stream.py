@@ -20,10 +20,11 @@ from mpc.errors import UserError
 from pipeline import stream
 from pipeline.card import read_card
 from pipeline.manifest import matrix
+from pipeline.plain_types import refuse_extension_types
 from pipeline.plan import Plan, make_plan
 from pipeline.single_positive import draw
 from pipeline.spans import Arrays, SpanReader, TrainingData, images_of
-from pipeline.stream import batches, refuse_extension_types, scan
+from pipeline.stream import batches, scan
 
 
 def training_data(uri: str, **changes: object) -> tuple[TrainingData, Plan]:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from mpc.errors import UserError
 from mpc.views import TwoViews
 from pipeline import storage
+from pipeline.plain_types import refuse_extension_types
 from pipeline.spans import images_of
-from pipeline.stream import refuse_extension_types
 from tuning.report.files import Inputs
 
 Image = NDArray[np.uint8]
