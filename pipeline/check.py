@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mpc.errors import MissingError
+from mpc.errors import MissingError, UserError
 from pipeline import storage
 from pipeline.card import NEAR_FILE, QUARANTINE_FILE, SHARD_FOLDER, DatasetCard, Shard, count, digest, read_card
 from pipeline.manifest import UNLABELLED, leaked_patients, matrix
+from pipeline.plain_types import refuse_extension_types
 from pipeline.shard_file import METADATA_KEY, shard_schema
 
 CHUNK = 8 * 2**20
@@ -222,8 +223,11 @@ def _beside(data_uri: str, name: str, column: str) -> pa.Table | str:
     """A table beside the card, which has `column`; or its fault."""
     try:
         with storage.open_input(storage.join(data_uri, name)) as stream:
+            refuse_extension_types(pq.read_schema(stream), name)
             return pq.read_table(stream).select([column])
     except MissingError:
         return f"{name}: the file is missing"
+    except UserError as error:
+        return str(error)
     except (pa.ArrowInvalid, KeyError) as error:
         return f"{name}: not readable ({' '.join(str(error).split())[:160]})"

@@ -21,6 +21,7 @@ from mpc.views import TwoViews
 from pipeline import storage
 from pipeline.card import DatasetCard
 from pipeline.manifest import list_column, matrix
+from pipeline.plain_types import refuse_extension_types
 from pipeline.plan import Plan, RowGroup, Span
 from pipeline.single_positive import draw
 
@@ -139,6 +140,7 @@ def read_rows(
         if group.path not in files:
             filesystem, path = storage.resolve(storage.join(uri, group.path))
             files[group.path] = pq.ParquetFile(filesystem.open_input_file(path))
+            refuse_extension_types(files[group.path].schema_arrow, path)
         table = files[group.path].read_row_group(group.number, columns=list(COLUMNS))
         low, high = np.searchsorted(wanted, (group.start, group.start + group.rows), sorter=order)
         inside = wanted[order[low:high]] - group.start

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from pathlib import Path
 
 import cv2
@@ -142,29 +141,6 @@ def test_what_counts_as_an_image(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     assert [Path(uri).name for uri in find_images(str(tmp_path))] == ["1.2.840.113", "IM0001", "a.PNG", "b.jpeg"]
     assert find_images(str(tmp_path / "readme.md")) == [str(tmp_path / "readme.md")]
-
-
-class Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (f"touch {self.canary}",)
-
-
-def test_a_table_of_images_is_not_unpickled(tmp_path: Path) -> None:
-    """Ray Data registers an Arrow type whose values are pickles: to read one is to run it."""
-    from ray.data.extensions import ArrowPythonObjectArray
-
-    path, canary = tmp_path / "images.parquet", tmp_path / "owned"
-    pq.write_table(pa.table({"uri": ArrowPythonObjectArray.from_objects([Payload(canary)])}), path)
-    with pytest.raises(UserError, match="column uri has extension type"):
-        find_images(str(path))
-    assert not canary.exists()
-    pq.read_table(path)["uri"].to_pylist()
-    assert canary.exists(), "the payload is live"
 
 
 @pytest.mark.parametrize(

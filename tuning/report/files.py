@@ -22,6 +22,7 @@ from pipeline.config import RunConfig
 from pipeline.evaluate import METRICS_FILE, PREDICTIONS_FILE
 from pipeline.inference import REGISTERED_FILE, thresholds
 from pipeline.manifest import matrix
+from pipeline.plain_types import refuse_extension_types
 from pipeline.record import MetricsLog
 
 SEARCH_FILE, TRIALS = "search.json", "trials"
@@ -137,7 +138,9 @@ def search_beside(checkpoint: str) -> str | None:
 def _scores(evaluation: str, metrics: dict[str, Any], card: DatasetCard, info: CheckpointInfo) -> Scores:
     """The predictions, once they give the numbers of metrics.json."""
     uri = storage.join(evaluation, PREDICTIONS_FILE)
-    table = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
+    content = io.BytesIO(storage.read_bytes(uri))
+    refuse_extension_types(pq.read_schema(content), uri)
+    table = pq.read_table(content)
     findings = json.loads((table.schema.metadata or {}).get(b"findings", b"[]"))
     if tuple(findings) != card.findings or info.findings != card.findings:
         raise UserError(f"{uri} holds other findings than the data set and the checkpoint; evaluate again")
