@@ -202,18 +202,24 @@ def as_jpeg(data: str, folder: Path) -> str:
 
 
 def show(rounds: list[dict[str, Measured]]) -> None:
-    """Medians over the rounds, and ratios of images per CPU second taken within a round."""
-    widths = {"images/s": 9, "per CPU s": 10, "x peer": 8, "of limit": 9, "cold s": 9, "warm s": 9, "peak MiB": 10}
+    """Medians over the rounds, and ratios of images per CPU second taken within a round, with their range."""
+    widths = {"images/s": 9, "per CPU s": 10, "x peer": 18, "% of limit": 14, "cold s": 8, "warm s": 8, "peak MiB": 10}
     print(" " * 48 + "".join(f"{title:>{width}}" for title, width in widths.items()))
     for name in ROWS:
         rows = [measured[name] for measured in rounds]
         wall, cpu, cold, warm = (statistics.median(row[field] for row in rows) for field in range(4))
         peer, limit = (
-            statistics.median(measured[name].per_cpu_second / measured[other].per_cpu_second for measured in rounds)
+            [measured[name].per_cpu_second / measured[other].per_cpu_second for measured in rounds]
             for other in (PEER, LIMIT)
         )
         mib = max(row.mib for row in rows)
-        print(f"{name:48}{wall:9.0f}{cpu:10.0f}{peer:8.2f}{100 * limit:8.0f}%{cold:9.2f}{warm:9.2f}{mib:10.0f}")
+        ratios = f"{spread(peer, '.2f'):>18}{spread([100 * share for share in limit], '.0f'):>14}"
+        print(f"{name:48}{wall:9.0f}{cpu:10.0f}{ratios}{cold:8.2f}{warm:8.2f}{mib:10.0f}")
+
+
+def spread(values: list[float], form: str) -> str:
+    """Median, least and largest."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mpc.errors import MissingError
+from mpc.errors import MissingError, UserError
 from pipeline import storage
 from pipeline.card import NEAR_FILE, QUARANTINE_FILE, SHARD_FOLDER, DatasetCard, Shard, count, digest, read_card
 from pipeline.manifest import UNLABELLED, leaked_patients, matrix
@@ -227,5 +227,7 @@ def _beside(data_uri: str, name: str, column: str) -> pa.Table | str:
             return pq.read_table(stream).select([column])
     except MissingError:
         return f"{name}: the file is missing"
+    except UserError as error:
+        return str(error)
     except (pa.ArrowInvalid, KeyError) as error:
         return f"{name}: not readable ({' '.join(str(error).split())[:160]})"

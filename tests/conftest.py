@@ -15,6 +15,8 @@ from uuid import uuid4
 
 import pytest
 
+import pipeline  # noqa: F401  # before a test imports ray, which reads its environment on import
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ACCESS_KEY, SECRET_KEY = "test-access", "test-secret"
 READER_KEY, READER_SECRET = "test-reader", "test-reader-secret"

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from factory import FINDINGS, SIZE, tiny_checkpoint, tiny_data
 from pages import Page, pixels_of
+from ray.data.extensions import ArrowPythonObjectArray
 
 from mpc import checkpoint as checkpoints
 from mpc.errors import MissingError, UserError
@@ -323,6 +324,15 @@ def test_files_that_do_not_belong_together_are_refused(material: Material, tmp_p
     with pytest.raises(MissingError, match=r"search\.json is absent"):
         report(material, tmp_path / "report.html", str(tmp_path))
     assert not (tmp_path / "report.html").exists()
+
+
+def test_predictions_are_not_unpickled(material: Material, tmp_path: Path) -> None:
+    table = pq.read_table(Path(material.evaluation) / "predictions.parquet")
+    ids = ArrowPythonObjectArray.from_objects(table["image_id"].to_pylist())
+    shutil.copytree(material.evaluation, tmp_path / "test")
+    pq.write_table(table.set_column(0, "image_id", ids), tmp_path / "test" / "predictions.parquet")
+    with pytest.raises(UserError, match="column image_id has extension type"):
+        report(material, tmp_path / "report.html", evaluation=str(tmp_path / "test"))
 
 
 def test_the_search_beside_a_checkpoint_is_found(material: Material, search: str, tmp_path: Path) -> None:

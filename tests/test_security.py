@@ -38,13 +38,14 @@ from infra.submit.ray_jobs import RayJobs
 from mpc.config import ViewsConfig
 from mpc.errors import UserError
 from pipeline import identity, storage
-from pipeline.card import DatasetCard, read_card
+from pipeline.card import QUARANTINE_FILE, DatasetCard, read_card
 from pipeline.check import check
 from pipeline.decode import DecodeError, decode
 from pipeline.dicom import UNPACKED
 from pipeline.headers import header_task
 from pipeline.images import find_images
 from pipeline.inference import load_model
+from pipeline.plain_types import refuse_extension_types
 from pipeline.plan import make_plan
 from pipeline.predictions import read_table
 from pipeline.spans import SpanReader, TrainingData
@@ -84,6 +85,26 @@ def nested(column: pa.Array) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(range(len(column) + 1), pa.int32()), column)
 
 
+MARKED = pa.field("x", pa.binary(), metadata={"ARROW:extension:name": "unknown.to.this.process"})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        MARKED,
+        pa.field("x", pa.list_(MARKED)),
+        pa.field("x", pa.struct([pa.field("inner", pa.large_list(MARKED))])),
+        pa.field("x", pa.map_(pa.string(), MARKED)),
+    ],
+    ids=["plain", "list", "struct of list", "map"],
+)
+def test_a_type_is_refused_however_deep_it_lies(field: pa.Field) -> None:
+    plain = pa.schema([pa.field("image", pa.binary()), pa.field("labels", pa.list_(pa.int8(), 3))])
+    refuse_extension_types(plain, "shard")
+    with pytest.raises(UserError, match="shard: column x has extension type"):
+        refuse_extension_types(plain.append(field), "shard")
+
+
 @pytest.mark.parametrize("wrap", [lambda column: column, nested], ids=["plain", "nested"])
 @pytest.mark.parametrize("name", ["uri", "source"])
 def test_a_table_of_images_is_not_unpickled(tmp_path: Path, canary: Path, wrap: Callable, name: str) -> None:
@@ -106,7 +127,10 @@ def test_a_shard_is_not_unpickled(phantom_data: str, tmp_path: Path, canary: Pat
     for read in (lambda: list(reader(span)), lambda: list(scan(str(folder), card, "train"))):
         with pytest.raises(UserError, match="column image_id has extension type"):
             read()
-    assert any("the card says" in fault or "SHA-256 differs" in fault for fault in check(str(folder)))
+    pq.write_table(pa.table({"reason": pickles(canary, 1)}), folder / QUARANTINE_FILE)
+    faults = check(str(folder))
+    assert any(fault.startswith(f"{QUARANTINE_FILE}: column reason has extension type") for fault in faults), faults
+    assert any("the card says" in fault or "SHA-256 differs" in fault for fault in faults)
     assert not canary.exists()
 
 

@@ -20,7 +20,6 @@ from mpc.errors import UserError
 from pipeline import stream
 from pipeline.card import read_card
 from pipeline.manifest import matrix
-from pipeline.plain_types import refuse_extension_types
 from pipeline.plan import Plan, make_plan
 from pipeline.single_positive import draw
 from pipeline.spans import Arrays, SpanReader, TrainingData, images_of
@@ -144,12 +143,6 @@ def test_scanned_pixels_are_the_stored_ones(phantom_data: str) -> None:
     assert [image.tobytes() for image in images_of(part["image"], card.image_size)] == stored
     with pytest.raises(UserError, match="not 31 x 31"):
         images_of(part["image"], 31)
-
-
-def test_extension_types_are_refused_before_a_value_is_read() -> None:
-    schema = pa.schema([pa.field("image", pa.binary(), metadata={"ARROW:extension:name": "arrow.py_extension_type"})])
-    with pytest.raises(UserError, match="column image"):
-        refuse_extension_types(schema, "shard")
 
 
 def test_what_a_reading_task_imports_needs_no_torch() -> None:
