@@ -33,6 +33,8 @@ BASE = {
 LOSS = {"metric": "loss_sup", "mode": "min", "cpus_for_data": 0.25}
 GOOD_THEN_BAD = 11
 """A seed of random search that draws the good rate once, then the bad one three times."""
+ONE_BAD_OF_THREE = 10
+"""A seed of a population: of two equally bad trials neither would be the worst when its turn comes."""
 GOOD_OR_BAD = "optim.lr: {choice: [0.003, 0.000000001]}"
 LR = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
 
@@ -206,7 +208,13 @@ def test_a_trial_goes_on_elsewhere_when_its_machine_is_lost(few_data: str, tmp_p
 @pytest.mark.long
 def test_a_population_is_killed_and_goes_on(few_data: str, searches: Searches, tmp_path: Path) -> None:
     config = SearchConfig(
-        **LOSS, searcher="random", scheduler="pbt", max_trials=3, max_concurrent=1, seed=1, pbt={"quantile": 0.34}
+        **LOSS,
+        searcher="random",
+        scheduler="pbt",
+        max_trials=3,
+        max_concurrent=1,
+        seed=ONE_BAD_OF_THREE,
+        pbt={"quantile": 0.34},
     )
     out, yaml = tmp_path / "search", write_space(tmp_path, GOOD_OR_BAD)
     killed = searches.start(few_data, out, run(epochs=4), config, yaml)
