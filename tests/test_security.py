@@ -258,11 +258,15 @@ def test_no_secret_leaves_the_environment(
     small = {"model": {"backbone": "test_efficientnet_gn"}, "tracking": {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}
     train = {"epochs": 1, "batch_size": 8, "worker_cpus": 0.5}
     prepare = {"table": columns, "image_size": 32, "row_group": 8}
-    told = {**small, "train": train, "prepare": prepare, "data": {"tasks": 1, "task_cpus": 0.25}}
+    search = {"searcher": "random", "scheduler": "none", "max_trials": 1, "metric": "loss_sup", "mode": "min"}
+    told = {**small, "train": train, "prepare": prepare, "search": search, "data": {"tasks": 1, "task_cpus": 0.25}}
     (tmp_path / "told.yaml").write_text(yaml.safe_dump(told))
     settings = ["--config", str(tmp_path / "told.yaml")]
     assert run(["prepare", "--source", "table", "--root", str(root), "--out", f"{bucket}/data", *settings]) == 0
     assert run(["train", "--data", f"{bucket}/data", "--out", f"{bucket}/run", *settings]) == 0
+    (tmp_path / "space.yaml").write_text("optim.lr: {loguniform: [0.001, 0.01]}")
+    tune = ["tune", "--data", f"{bucket}/data", "--out", f"{bucket}/search", "--space", str(tmp_path / "space.yaml")]
+    assert run([*tune, *settings]) == 0
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     files = [file for folder in (tmp_path, logs) for file in folder.rglob("*") if file.is_file()]
     places = {str(file): file.read_bytes() for file in files}

@@ -10,6 +10,7 @@ from typing import Any
 
 from ray import tune
 from ray.tune import Callback, Stopper
+from ray.tune.execution import class_cache
 
 from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
@@ -32,6 +33,10 @@ from tuning.trial import run_trial
 log = logging.getLogger(__name__)
 
 BEGINNING_FILE = "warm_start.json"
+
+# Tune would hand this process's AWS credentials to its trials, and Ray logs what is handed on. Workers have their own:
+# the same environment on one machine, their pod's or instance's elsewhere.
+class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
 
 
 def search(
