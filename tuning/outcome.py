@@ -145,7 +145,8 @@ class Conclusion:
     def _trial(self, name: str, result: tune.Result) -> Trial:
         history, note = MetricsLog(storage.join(self.folder, name)).read(), journal.read(self.folder, name)
         legs = self._legs(name)
-        params = dict(result.config.get(CELL, result.config))
+        config = result.config or note.get("settings", {})  # Tune has none of a trial that never reported
+        params = dict(config.get(CELL, config))
         if legs:
             epoch = self._best_epoch(history)
             params = [leg for leg in legs if leg["epoch"] < epoch or leg is legs[0]][-1]["begun_with"]
