@@ -1,15 +1,13 @@
 """One training run as a Ray Train job: any number of workers, continued after a fault or with `resume`."""
 
 import errno
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
@@ -19,16 +17,17 @@ from pipeline import runtime, storage
 from pipeline.card import read_card
 from pipeline.checkpoints import best_of, publish
 from pipeline.config import RunConfig
+from pipeline.controller import Recorder, work
 from pipeline.divergence import DivergedError
 from pipeline.follow import Follower, Listener, following, queue_beside_driver
 from pipeline.host import Metrics
 from pipeline.plan import make_plan
 from pipeline.preflight import preflight, shortage
-from pipeline.record import MetricsLog, claim, is_epoch
+from pipeline.record import MetricsLog, claim
 from pipeline.scoring import require_validation
 from pipeline.setup import make_model
 from pipeline.wish import Wish
-from pipeline.worker import STORAGE_NAME, work
+from pipeline.worker import STORAGE_NAME
 
 RESOURCES = (
     "train.num_workers", "train.min_workers", "train.resize_s", "train.worker_cpus", "train.gpus",
@@ -48,34 +47,6 @@ class TrainResult:
     """Metrics of the best checkpoint's epoch."""
     history: list[Metrics]
     """Metrics of every epoch, in order."""
-
-
-class _Recorder(UserCallback):  # type: ignore[misc]
-    """Writes metrics.jsonl once an epoch's checkpoint is stored; runs beside Ray Train's controller."""
-
-    def __init__(self, out: str, news: Queue) -> None:
-        self.log = MetricsLog(out)
-        self.news = news
-
-    def after_report(self, run_context: Any, metrics: list[Metrics], checkpoint: Checkpoint | None) -> None:
-        epoch = metrics[0]
-        if is_epoch(epoch):
-            self.log.add(epoch)
-            self.news.actor.put_nowait.remote(("epoch", epoch))
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self.news.actor.put_nowait.remote(("fault", {"cause": _cause(worker_exceptions)}))
-
-
-def _cause(errors: dict[int, Exception]) -> str:
-    """Which worker failed, and of what, in one line; where one was lost, what the others make of it says nothing."""
-    for rank, error in sorted(errors.items()):
-        lost = getattr(error, "health_check_failure", None)
-        if isinstance(lost, RayActorError):
-            because = re.search(r"because (.+?)\.", str(lost))
-            return f"worker {rank} was lost: {because[1] if because else 'it does not answer'}"
-    rank, error = min(errors.items())
-    return f"worker {rank} failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def train(
@@ -169,7 +140,7 @@ def _trainer(run: RunConfig, data: str, out: str, news: Queue, wish: Wish) -> To
             storage_filesystem=filesystem if storage.is_remote(out) else None,
             failure_config=FailureConfig(max_failures=run.train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=run.train.keep),
-            callbacks=[_Recorder(out, news)],
+            callbacks=[Recorder(out, news)],
         ),
     )
 

@@ -153,7 +153,7 @@ def emptied(name: str) -> Path:
 
 
 def work(config: dict[str, Any]) -> str | None:
-    """What every worker runs; the text of a divergence, which trying again would only repeat."""
+    """The loop of one worker, to its end; the text of a divergence, which trying again would only repeat."""
     run = RunConfig.model_validate(config["run"])
     host = TrainHost(run, config["out"], config["news"], config["wish"])
     try:

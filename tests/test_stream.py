@@ -145,8 +145,9 @@ def test_scanned_pixels_are_the_stored_ones(phantom_data: str) -> None:
         images_of(part["image"], 31)
 
 
-def test_what_a_reading_task_imports_needs_no_torch() -> None:
-    code = "import sys, pipeline.stream; print('torch' in sys.modules); import albumentations.pytorch"
+@pytest.mark.parametrize("module", ["stream", "controller"])
+def test_what_a_reading_task_and_the_controller_import_needs_no_torch(module: str) -> None:
+    code = f"import sys, pipeline.{module}; print('torch' in sys.modules); import albumentations.pytorch"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
 
 
