@@ -228,7 +228,7 @@ def start(protocol: str, out: Path, log: Path, *more: str) -> subprocess.Popen[b
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_benchmark_continues_without_training_finished_cells_again(tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     train = {**TINY["run"]["train"], "epochs": 3}

@@ -4,6 +4,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -80,6 +81,7 @@ def continue_work(rank: int, port: int, config: str, data: str, folder: str) -> 
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_continue_bit_for_bit_and_one_goes_on_to_the_same(phantom_data: str, tmp_path: Path) -> None:
     """Sums of the epoch are every rank's own: a checkpoint that held one rank's made the metrics of the epoch wrong."""
     run = tiny(**EXACT, data={"backend": "torch"}, train={"epochs": 1, "batch_size": 24, "checkpoint_every": 7})

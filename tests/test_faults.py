@@ -92,6 +92,7 @@ def fetched(uri: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_all_workers_once(phantom_data: str, tmp_path: Path) -> None:
     run = tiny(optim={"lr": 1e30, "clip": 1e30, "name": "sgd"}, train={"num_workers": 2})
     out = str(tmp_path / "run")

@@ -241,6 +241,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.slow
 def test_no_secret_leaves_the_environment(
     ray_session: None,
     bucket: str,

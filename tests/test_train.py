@@ -104,6 +104,7 @@ def columns(batch: pa.RecordBatch) -> tuple[list[int], list[str]]:
     return batch["row"].to_pylist(), batch["image_id"].to_pylist()
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one_at_the_same_global_batch(
     phantom_data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,6 +127,7 @@ def test_two_workers_equal_one_at_the_same_global_batch(
     )
 
 
+@pytest.mark.slow
 def test_a_data_loader_trains_the_same_weights(phantom_data: str, tmp_path: Path) -> None:
     results = []
     for backend in ("ray", "torch"):
