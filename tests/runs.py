@@ -1,6 +1,6 @@
 """Tiny training runs that several test files share: settings, a plain process as host, equality of checkpoints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,9 +65,14 @@ def checkpoint_state(folder: Path) -> dict[str, object]:
 TIMED = {"images_per_s", "data_wait_share", "seconds"}
 
 
+def reproducible(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics without those that a clock or the machine gives."""
+    return {name: value for name, value in metrics.items() if name not in TIMED and not name.startswith("system/")}
+
+
 def metrics_of(folder: Path) -> dict[str, float]:
-    """The metrics of a checkpoint without those that a clock gives."""
-    return {name: value for name, value in read_info(folder).metrics.items() if name not in TIMED}
+    """The reproducible metrics of a checkpoint."""
+    return reproducible(read_info(folder).metrics)
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
