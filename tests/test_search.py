@@ -127,7 +127,7 @@ def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(
     train = BASE.train.model_copy(update={"num_workers": 2, "worker_cpus": 0.5})
     data = BASE.data.model_copy(update={"task_cpus": 0.2})
     asha = {"grace_epochs": 1, "reduction_factor": 2, "max_concurrent": 1}
-    config = SearchConfig(**LOSS, **asha, searcher="random", max_trials=3, seed=1, keep_trials=1)
+    config = SearchConfig(**LOSS, **asha, searcher="grid", keep_trials=1)
     out = tmp_path / "search"
     base = BASE.model_copy(update={"train": train, "data": data})
     refused = searches.start(phantom_data, out, base, config, yaml)  # the tests' own cluster runs on this machine
@@ -139,12 +139,8 @@ def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(
     finally:
         runtime.start(num_cpus=2)
     trials = json.loads((out / "search.json").read_text())["trials"]
-    good = [trial for trial in trials if trial["params"]["optim.lr"] == 0.003]
-    assert good, "the seed draws a good trial"
-    bad = [trial for trial in trials if trial not in good and trial["trial_id"] > good[0]["trial_id"]]
-    assert bad, "the seed draws a bad trial behind it"
-    assert all(trial["status"] == "stopped" and trial["epochs"] == 1 for trial in bad)
-    assert [trial["epochs"] for trial in good] == [3] * len(good)
+    found = [(trial["params"]["optim.lr"], trial["status"], trial["epochs"]) for trial in trials]
+    assert found == [(0.003, "finished", 3), (0.000000001, "stopped", 1)]
     assert read_info(out / "best").config["train"]["num_workers"] == 2
     left = {path.relative_to(out / "trials").parts[0] for path in (out / "trials").rglob("model.safetensors")}
     assert left == {json.loads((out / "search.json").read_text())["best"]}
