@@ -220,7 +220,7 @@ def test_damaged_files_are_refused(encoder, syntax, bits, capfd, caplog):
     assert not any(secret in caplog.text + "".join(capfd.readouterr()) for secret in SECRETS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_thousands_of_damaged_files_end_no_process():
     process = subprocess.run([sys.executable, __file__, "1000"], capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stdout[-1000:] + process.stderr[-1000:]

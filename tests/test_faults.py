@@ -208,23 +208,23 @@ def wait(process: subprocess.Popen[str], reached: Callable[[], object]) -> None:
 def test_a_killed_driver_and_one_that_resumes_equal_one_that_was_never_killed(
     phantom_data: str, tmp_path: Path
 ) -> None:
-    run = tiny(train={"epochs": 10, "checkpoint_every": 5, "keep": 2})
+    run = tiny(train={"epochs": 6, "checkpoint_every": 5, "keep": 2})
     whole, out = undisturbed(run, phantom_data, tmp_path / "whole"), tmp_path / "out"
     metrics = out / "metrics.jsonl"
     with start(run, phantom_data, out) as process:
-        wait(process, lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 5)
+        wait(process, lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
         os.killpg(process.pid, signal.SIGKILL)  # the driver and its whole local cluster
-    assert len(metrics.read_text().splitlines()) < 10
+    assert len(metrics.read_text().splitlines()) < 6
     result = train(run, phantom_data, str(out), resume=True)
     best = Path(result.best_checkpoint)
     assert_same(best, whole / f"step-{read_info(best).step:08d}")
-    assert_same(out / "train" / "step-00000140", whole / "step-00000140")
+    assert_same(out / "train" / "step-00000084", whole / "step-00000084")
     for line in result.history:
         assert reproducible(line) == metrics_of(whole / f"step-{line['step']:08d}")
-    assert [line["epoch"] for line in result.history] == list(range(1, 11))
+    assert [line["epoch"] for line in result.history] == list(range(1, 7))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigterm_ends_two_workers_with_a_checkpoint_and_one_worker_goes_on(phantom_data: str, tmp_path: Path) -> None:
     settings = {"epochs": 1, "batch_size": 24}
     two, one = (tiny(**EXACT, train={**settings, "num_workers": count}) for count in (2, 1))

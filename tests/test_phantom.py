@@ -197,7 +197,7 @@ def test_another_address_is_a_user_error(address):
         phantom.parse_uri(address)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_small_supervised_network_lands_between_85_and_95():
     import timm
     import torch

@@ -234,7 +234,7 @@ prepare(phantoms(20_000), None, sys.argv[1], progress=lambda done, total: print(
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_continues_without_decoding_finished_shards_again(tmp_path):
     out = tmp_path / "out"
     here = Path(__file__).resolve().parent

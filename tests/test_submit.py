@@ -307,7 +307,7 @@ def test_strangers_get_nothing_over_http(head: Head) -> None:
             assert "id" not in said.headers.get("submission_id", "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_strangers_join_no_cluster(head: Head, tmp_path: Path) -> None:
     driver = [sys.executable, "-c", "import sys, ray; ray.init(address=sys.argv[1], logging_level=50)", head.gcs]
     node = ["ray", "start", f"--address={head.gcs}", "--num-cpus=1", "--block"]

@@ -127,7 +127,7 @@ def test_two_workers_equal_one_at_the_same_global_batch(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_data_loader_trains_the_same_weights(phantom_data: str, tmp_path: Path) -> None:
     results = []
     for backend in ("ray", "torch"):
