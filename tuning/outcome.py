@@ -168,7 +168,8 @@ class Conclusion:
 
     def _lost(self, known: Mapping[str, Any]) -> list[Trial]:
         """Trials that left epochs but are not in Tune's state: a killed driver had not noted them yet."""
-        found = {uri.partition("?")[0].split("/")[-2] for uri in storage.list_files(self.folder, [METRICS_FILE])}
+        files = storage.list_files(self.folder, [METRICS_FILE]) if storage.exists(self.folder) else ()
+        found = {uri.partition("?")[0].split("/")[-2] for uri in files}
         error = "killed with the driver before the search had noted it; another trial took its place"
         lost = []
         for name in sorted(found - known.keys()):
