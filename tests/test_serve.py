@@ -29,7 +29,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from infra.cli.app import run
-from infra.serve.app import make_app
+from infra.serve.app import listen, make_app
 from infra.serve.config import ServeConfig
 from infra.serve.service import Service
 from mpc.config import CalibrationInfo
@@ -185,6 +185,14 @@ def test_what_is_no_image_is_refused_with_its_reason(server: Server, body: bytes
     for path in ("/findings", "/overlay?finding=Mass"):
         reply = server.ask("POST", path, body)
         assert (reply.status, reply.error.partition(":")[0]) == (status, reason)
+
+
+def test_an_answer_is_not_held_back_for_an_acknowledgement() -> None:
+    config = ServeConfig(port=free_port())
+    with listen(config) as door, socket.create_connection((config.host, config.port), WAIT):
+        accepted, _ = door.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_limits(server: Server) -> None:
