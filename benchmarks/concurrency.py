@@ -7,6 +7,7 @@ send as fast as they are served: the limit.
 """
 
 import argparse
+import re
 import statistics
 import sys
 import tempfile
@@ -87,7 +88,8 @@ class Calls:
         def request(session: Any, method: str, url: str, **options: Any) -> Any:
             start = time.perf_counter()
             reply = calls._request(session, method, url, **options)
-            calls.add(f"{method} {url.rpartition('/api/')[2].partition('?')[0]}", time.perf_counter() - start, reply)
+            place = re.sub("(mlflow-artifacts/artifacts)/.*", r"\1", url.rpartition("/api/")[2].partition("?")[0])
+            calls.add(f"{method} {place}", time.perf_counter() - start, reply)
             return reply
 
         requests.Session.request = request  # type: ignore[method-assign]
