@@ -166,7 +166,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_ends_the_run_in_one_line_and_resume_goes_on(
     phantom_data: str, small_disk: Callable[[int], Path], tmp_path: Path
 ) -> None:
