@@ -14,7 +14,7 @@ from pipeline.spans import SPAN_ROWS
 COLLECTIONS = {"CheXpert": 224_316, "MIMIC-CXR-JPG": 377_110}
 IMAGE_BYTES = 43_398
 """A radiograph of 224 px in a shard (docs/data.md, NIH radiographs, lz4)."""
-IMAGES_PER_CPU_S = 929
+IMAGES_PER_CPU_S = 378
 """Both views through Ray Data (docs/data.md)."""
 PUBLISHED = {  # images/s of training at 224 px in mixed precision, one forward and backward pass an image
     ("DenseNet-121", "RTX 3090"): 914,  # timm, results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv
