@@ -97,7 +97,7 @@ def test_a_killed_search_resumes_without_running_finished_trials_again(
     searches.wait_for(lambda: sorted(epochs_of(out).values())[-2:] == [2, 3], killed)
     searches.kill(killed)
     notes = {path.parent.name: json.loads(path.read_text()) for path in (out / "trials").glob("*/trial.json")}
-    (first,) = (name for name, note in notes.items() if "ended" in note)  # the second may be at its last epoch by now
+    _, first = min((note["ended"], name) for name, note in notes.items() if "ended" in note)  # the second may be too
     written = (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns
     searches.ended_well(searches.start(few_data, out, SMALL, config, yaml, resume=True))
     trials = json.loads((out / "search.json").read_text())["trials"]
