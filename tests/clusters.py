@@ -69,6 +69,8 @@ def ray_head(
         "HOME": str(folder),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        # else a head below `uv run` packs its working directory, package and all, for every job until the disk is full
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_worker_niceness": "0",  # at Ray's 15, workers get nothing where other tests run beside
     }
     command = ["ray", "start", "--head", f"--port={gcs}", *options]

@@ -8,14 +8,16 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import requests
 import yaml
 from clusters import Head, Tunnel, alive, ray_head
 
-from infra.cluster import ClusterConfig
+from infra.cluster import ClusterConfig, RayConfig
 from infra.settings import load, run_config
 from infra.submit import call as calls
 from infra.submit.batch import Slurm
@@ -23,6 +25,7 @@ from infra.submit.batch import state_of as slurm_state
 from infra.submit.call import Call
 from infra.submit.kubernetes import state_of as kubernetes_state
 from infra.submit.package import Job, job_of, pack
+from infra.submit.ray_jobs import RayJobs
 from infra.submit.target import State, Status
 from mpc.errors import UserError
 from tuning.space import load as load_space
@@ -332,6 +335,36 @@ def test_what_is_not_there(head: Head) -> None:
     done = run(head, "jobs", "status", "x", RAY_ADDRESS="http://127.0.0.1:9")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "does not answer" in done.stderr
+
+
+def test_a_head_that_fails_says_why() -> None:
+    """The head's whole traceback arrives, in which the reason comes last: here, as Ray 2.60 said it of a full disk."""
+    trace = 'Traceback (most recent call last):\n  File "job_head.py", line 419, in submit_job\n    resp = await it\n'
+    reason = "ray.exceptions.RuntimeEnvSetupError: Failed to upload working_dir: [Errno 28] No space left on device"
+
+    class FailingHead(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(200, json.dumps({"version": "4", "ray_version": "2.60.0", "ray_commit": "unknown"}))
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(500, f"{trace}RuntimeError: Request failed with status code 500: {trace}{reason}\n.")
+
+        def answer(self, status: int, text: str) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), FailingHead) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        cluster = ClusterConfig(auth="disabled", ray=RayConfig(address=f"http://127.0.0.1:{server.server_port}"))
+        with pytest.raises(UserError) as caught:
+            RayJobs(cluster).submit(job_of(read("check --data s3://b/d --set cluster.kind=ray"), {}))
+        server.shutdown()
+    assert str(caught.value).endswith(f"{server.server_port}: {reason}; see the cluster's own log")
 
 
 @pytest.mark.slow

@@ -165,7 +165,14 @@ def _explained(address: str, name: str = "") -> Iterator[None]:
             raise MissingError(f"job {name}: is not known at {address}; mend its name, as submit printed it") from None
         if "WebSocket" in text:
             raise LostError(f"{address} has closed the connection") from error
-        raise UserError(f"{address}: {_first_line(text)}; see the cluster's own log") from error
+        raise UserError(f"{address}: {_first_line(_raised(text))}; see the cluster's own log") from error
+
+
+def _raised(text: str) -> str:
+    """What a traceback of the cluster ends with, which says what is wrong; any other text as it is."""
+    lines = text.splitlines()
+    frames = [number for number, line in enumerate(lines, 1) if line.startswith("  ")]
+    return "\n".join(lines[frames[-1] :]).rstrip(".\n") if frames else text
 
 
 def _first_line(text: str | None) -> str:
