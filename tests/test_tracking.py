@@ -3,9 +3,14 @@
 import logging
 import pickle
 import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -124,6 +129,37 @@ def test_a_record_at_fault_is_dropped_and_does_not_block(uri: str, tmp_path: Pat
     assert tracker.close() == 0
     assert tracker.dropped == 2
     assert MlflowClient(tracking_uri=uri).get_run(str(run.run_id)).data.metrics == {"loss": 1.0}
+
+
+@contextmanager
+def another_writer(database: str) -> Iterator[list[str]]:
+    """Somebody else makes the row of a data set just before we do, once; the ids of what they made."""
+    made: list[str] = []
+
+    def before(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("INSERT INTO datasets") and not made:
+            made.append("theirs")
+            with closing(sqlite3.connect(database)) as other, other:
+                other.execute(statement, (*made, *parameters[1:]))
+
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "before_cursor_execute", before)
+    yield made
+    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "before_cursor_execute", before)
+
+
+def test_two_runs_that_name_one_new_data_set_in_the_same_moment_both_have_it(uri: str) -> None:
+    tracker = Tracker(uri, "test", pause=0)
+    run = tracker.start_run(record("one"))
+    assert tracker.flush() == 0
+    with another_writer(uri.removeprefix("sqlite:///")) as made:
+        tracker.log_dataset(run, "phantom", "abc")
+        tracker.flush()
+    assert tracker.close() == 0
+    assert made
+    assert tracker.failures == 1
+    assert tracker.dropped == 0
+    inputs = MlflowClient(tracking_uri=uri).get_run(str(run.run_id)).inputs
+    assert [item.dataset.digest for item in inputs.dataset_inputs] == ["abc"]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 KEY_TAG = "mpc.run_key"
 PARENT_TAG = "mlflow.parentRunId"
 PARAMS_A_BATCH, METRICS_A_BATCH = 100, 1000  # limits of MLflow's log_batch
+RACES = ("IntegrityError", "UniqueViolation")
+"""What databases say when somebody else has made the same row since it was looked for; the next look finds it."""
 PAUSE_S = 30.0  # after a failure the server is left alone for so long
 
 Operation = Callable[[MlflowClient, str], object]
@@ -43,7 +45,8 @@ def judge(error: Exception) -> Verdict:
         return Verdict.DROP
     busy = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "IO_ERROR"}
     if isinstance(error, MlflowException):
-        return Verdict.RETRY if error.error_code in busy else Verdict.DROP
+        raced = any(name in str(error) for name in RACES)  # MLflow answers that as a bad request
+        return Verdict.RETRY if raced or error.error_code in busy else Verdict.DROP
     return Verdict.RETRY
 
 
