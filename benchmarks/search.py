@@ -16,10 +16,10 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 import torch
@@ -36,7 +36,7 @@ from pipeline.config import RunConfig
 from pipeline.host import Host, Metrics
 from pipeline.loop import Loop
 from pipeline.prepare_config import PhantomConfig, PrepareConfig, SplitConfig
-from pipeline.record import MetricsLog
+from pipeline.record import MetricsLog, read_lines
 from pipeline.setup import Timed
 from pipeline.shards import prepare
 from pipeline.spans import SPAN_ROWS, SpanReader, TrainingData, arrays_of
@@ -129,21 +129,36 @@ def timed_start() -> float:
     return time.perf_counter() - began
 
 
-def by_hand(data: str, out: str, epochs: int, trials: int) -> tuple[float, float]:
-    """Seconds of Ray's start, and of the trials one after the other."""
+class Seconds(NamedTuple):
+    """Of one way."""
+
+    start: float
+    """Ray's own, which is not counted."""
+    all: float
+    epochs: float
+    """Within the epochs of the trials, where both ways do the same but for what Tune's process takes beside them."""
+
+
+def within_epochs(out: str) -> float:
+    """Seconds, by the records that trials leave."""
+    return sum(line["seconds"] for file in Path(out).rglob("metrics.jsonl") for line in read_lines(str(file)))
+
+
+def by_hand(data: str, out: str, epochs: int, trials: int) -> Seconds:
+    """The trials one after the other."""
     started, began = timed_start(), time.perf_counter()
     for number, settings in enumerate(rates(trials).grid()):
         run = apply(long_run(epochs), settings, "by hand")
         Loop(run, data, read_card(data), Here(Path(out) / str(number))).fit()
-    return started, time.perf_counter() - began
+    return Seconds(started, time.perf_counter() - began, within_epochs(out))
 
 
-def by_search(data: str, out: str, epochs: int, trials: int) -> tuple[float, float]:
+def by_search(data: str, out: str, epochs: int, trials: int) -> Seconds:
     """The same as a search."""
     started, began = timed_start(), time.perf_counter()
     config = SearchConfig(searcher="grid", scheduler="none", max_trials=trials, max_concurrent=1, cpus_for_data=0.5)
     search(long_run(epochs), config, rates(trials), data, out)
-    return started, time.perf_counter() - began
+    return Seconds(started, time.perf_counter() - began, within_epochs(out))
 
 
 def epochs_of_a_minute(folder: Path, data: str) -> int:
@@ -154,23 +169,27 @@ def epochs_of_a_minute(folder: Path, data: str) -> int:
 
 
 def overhead(folder: Path, trials: int, rounds: int) -> None:
-    """Both ways in turns; every round is kept as soon as it is done."""
+    """Both ways, every other round in the other order; every round is kept as soon as it is done."""
     data, kept = synthetic(folder, 3000, 64), folder / "rounds.json"
     done = json.loads(kept.read_text()) if kept.exists() else {"epochs": epochs_of_a_minute(folder, data), "rounds": []}
     for number in range(len(done["rounds"]), rounds):
         place = str(folder / f"round-{number}-{time.time():.0f}")
-        arguments = (data, done["epochs"], trials)
-        hand = alone(by_hand, arguments[0], f"{place}-hand", *arguments[1:])
-        searched = alone(by_search, arguments[0], f"{place}-search", *arguments[1:])
-        done["rounds"].append({"hand": hand, "search": searched})
+        ways: list[tuple[str, Callable[..., Seconds]]] = [("hand", by_hand), ("search", by_search)]
+        found = {
+            name: alone(way, data, f"{place}-{name}", done["epochs"], trials) for name, way in ways[:: (-1) ** number]
+        }
+        done["rounds"].append(found)
         kept.write_text(json.dumps(done))
-    ratios = [item["search"][1] / item["hand"][1] for item in done["rounds"]]
-    print(f"{trials} trials of {done['epochs']} epochs, one at a time, {len(ratios)} rounds")
-    for item in done["rounds"]:
-        for name in ("hand", "search"):
-            started, seconds = item[name]
-            print(f"{name:8}{seconds:8.1f} s, {seconds / trials:6.1f} s a trial; ray.init {started:.1f} s beside it")
-    print(f"overhead of the search: {100 * (statistics.median(ratios) - 1):+.1f} % (median; limit 5 %)")
+    print(f"{trials} trials of {done['epochs']} epochs, one at a time, {len(done['rounds'])} rounds")
+    whole, around = [], []
+    for found in done["rounds"]:
+        hand, searched = Seconds(*found["hand"]), Seconds(*found["search"])
+        for name, way in (("hand", hand), ("search", searched)):
+            print(f"{name:8}{way.all:8.1f} s, {way.epochs:8.1f} s of it in epochs; ray.init {way.start:.1f} s besides")
+        whole.append(searched.all / hand.all - 1)
+        around.append((searched.all - searched.epochs - hand.all + hand.epochs) / hand.all)
+    print(f"overhead of the search: {statistics.median(whole):+.1%} (median; limit 5 %)")
+    print(f"of that before, between and after epochs: {statistics.median(around):+.1%}")
 
 
 # learning curves, and ASHA over them
