@@ -48,6 +48,8 @@ def set_logs(verbose: bool) -> None:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "1" if verbose else "0")  # Tune's own tables; the old way is silent
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    if not verbose:  # it tells each retry in two lines; who asked tells the failure in one
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 def start_ray(verbose: bool) -> None:

@@ -54,6 +54,13 @@ def reachable(tracking: str) -> list[Finding]:
         try:
             getattr(client_of(tracking), asked)(max_results=1)
         except Exception as error:  # the client raises what its transport raises; each means the same here
-            return [*found, Finding(name, False, shown, f"{str(error).splitlines()[0][:160]}; {remedy}")]
+            return [*found, Finding(name, False, shown, f"{first_cause(error)}; {remedy}")]
         found.append(Finding(name, True, shown))
     return found
+
+
+def first_cause(error: BaseException) -> str:
+    """What the innermost of the errors says in its first line: the system's own word instead of three clients' wrappings."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
