@@ -26,6 +26,7 @@ import torch
 from processes import alone
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
+from scipy.stats import spearmanr
 
 from infra.settings import load, run_config
 from mpc.metrics import score
@@ -283,9 +284,11 @@ def epochs_to(values: list[float], target: float) -> int | None:
     return next((number for number, value in enumerate(values, 1) if value >= target), None)
 
 
-def by_asha(values: list[list[float]], folder: str) -> list[float]:
+def by_asha(values: list[list[float]], folder: str, grace: int) -> list[float]:
     """All values that trials report under ASHA, in order: one trial at a time, in the order of random search."""
-    config = SearchConfig(searcher="random", scheduler="asha", reduction_factor=FACTOR, metric=METRIC)
+    config = SearchConfig(
+        searcher="random", scheduler="asha", reduction_factor=FACTOR, grace_epochs=grace, metric=METRIC
+    )
     count = Count()
     fresh(
         tune.with_resources(tune.with_parameters(replay, values=values), {"CPU": 1}),
@@ -303,22 +306,30 @@ def by_asha(values: list[list[float]], folder: str) -> list[float]:
 
 
 def asha(folder: Path) -> None:
-    """One line a seed, then the medians."""
+    """A table for each first rung."""
     lines = read_curves(folder / "curves.jsonl")
     runtime.start(num_cpus=2)
+    print(f"{TRIALS} trials, at most {EPOCHS} epochs, factor {FACTOR:g}: {TRIALS * EPOCHS:,} epochs for random search")
+    for grace in (1, 3, 9):
+        print(f"\nfirst comparison after {grace} epochs (search.grace_epochs)")
+        compare(folder, lines, grace)
+
+
+def compare(folder: Path, lines: list[dict[str, Any]], grace: int) -> None:
+    """One line a seed, then the medians; `order`: how trials rank at the first comparison, against their best."""
     full, rows = TRIALS * EPOCHS, []
-    print(f"{TRIALS} trials, at most {EPOCHS} epochs, factor {FACTOR:g}: {full:,} epochs for random search")
-    print(f"{'seed':>4}{'best':>8}{'random':>8}{'ASHA in all':>13}{'until best':>12}{'ASHA best':>11}")
+    print(f"{'seed':>4}{'best':>8}{'random':>8}{'ASHA in all':>13}{'until best':>12}{'ASHA best':>11}{'order':>7}")
     for seed in sorted({line["seed"] for line in lines}):
         values = [line["values"] for line in sorted(lines, key=lambda line: line["trial"]) if line["seed"] == seed]
         if len(values) < TRIALS:
             continue
         everything = [value for curve in values for value in curve]
         best = max(everything)
-        found = by_asha(values, str(folder / f"asha-{seed}-{time.time():.0f}"))
+        found = by_asha(values, str(folder / f"asha-{seed}-{time.time():.0f}"), grace)
         reached, at_random = epochs_to(found, best), epochs_to(everything, best)
         rows.append((len(found) / full, (reached or full) / full, reached is not None, max(found) - best))
-        print(f"{seed:4}{best:8.4f}{at_random:8}{len(found):13}{reached or 'never':>12}{max(found):11.4f}")
+        order = spearmanr([max(curve[:grace]) for curve in values], [max(curve) for curve in values]).statistic
+        print(f"{seed:4}{best:8.4f}{at_random:8}{len(found):13}{reached or 'never':>12}{max(found):11.4f}{order:7.2f}")
     for name, at in (("epochs of the whole search", 0), ("epochs until the best of random search", 1)):
         shares = [row[at] for row in rows]
         print(f"{name}: {statistics.median(shares):.2f} of random search, {min(shares):.2f} to {max(shares):.2f}")

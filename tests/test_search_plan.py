@@ -148,7 +148,7 @@ def test_hours_of_all_sessions_count(tmp_path: Path) -> None:
 
 
 def test_what_a_search_will_take() -> None:
-    config, nine = SearchConfig(max_trials=9, scheduler="asha", reduction_factor=3), run(epochs=9)
+    config, nine = SearchConfig(max_trials=9, scheduler="asha", reduction_factor=3, grace_epochs=1), run(epochs=9)
     assert rungs(config, 9) == [1.0, 3.0]
     expected = forecast(config, nine, 9, 2, Pace(60.0, "a record"))
     assert expected.epochs_at_most == 81
@@ -179,7 +179,7 @@ def test_a_dry_run_shows_space_plan_and_time_and_writes_nothing(few_data: str, t
         "tpe, asha",
         "0.5 CPUs; 0.25 CPUs stay free",
         "9 a trial, at most 81",
-        "about 21",
+        "about 45",  # nine trials to epoch 3, three of them on to epoch 9
         "of the best 3 trials",
         "timed here on cpu",
         "search.cpus_for_data raised from 0.1 to 0.25",

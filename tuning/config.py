@@ -36,8 +36,9 @@ class SearchConfig(Config):
     """Hours after which no further trial starts and running ones stop, over all sessions; None sets no limit."""
     max_concurrent: Count | None = None
     """Trials at a time; None takes what the CPUs (and GPUs) carry beside the data tasks."""
-    grace_epochs: Count = 1
-    """Epochs that every trial may train before it is compared (asha, median)."""
+    grace_epochs: Count = 3
+    """Epochs that every trial may train before it is compared (asha, median). While the learning rate warms up and the
+    average of the weights begins, a trial's value says next to nothing of its end: docs/tuning.md has the figures."""
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
     """ASHA and HyperBand keep one trial in this many at each rung."""
     pbt: PbtConfig = PbtConfig()
