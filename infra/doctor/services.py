@@ -60,7 +60,7 @@ def reachable(tracking: str) -> list[Finding]:
 
 
 def first_cause(error: BaseException) -> str:
-    """What the innermost of the errors says in its first line: the system's own word instead of three clients' wrappings."""
+    """What the innermost of the errors says: the system's own word instead of three clients' wrappings of it."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
