@@ -111,7 +111,7 @@ def check_replay(trial: Trial, leg: dict[str, Any], data: str, out: Path, folder
 def test_a_grid_tries_every_point_and_the_median_stops_what_falls_behind(few_data: str, tmp_path: Path) -> None:
     rates = (0.003, 0.0029, 0.0028, 0.000000001)
     space = Space((Dimension("optim.lr", "choice", rates),))
-    config = {"searcher": "grid", "scheduler": "median", "max_trials": 4, "max_concurrent": 1}
+    config = {"searcher": "grid", "scheduler": "median", "grace_epochs": 1, "max_trials": 4, "max_concurrent": 1}
     result, record = searched(tmp_path / "search", few_data, space, epochs(2), **config)
     ended = {trial.params["optim.lr"]: (trial.status, trial.epochs) for trial in result.trials}
     first_three = dict.fromkeys(rates[:3], ("finished", 2))  # they have too few others to be compared with
