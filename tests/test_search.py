@@ -60,10 +60,12 @@ def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(few_data: str, tmp_
     )
     out = tmp_path / "search"
     result = search(base, config, spaces.load(write_space(tmp_path, text), base), few_data, str(out))
-    failed = [t for t in result.trials if t.status == "failed"]
-    first_good = min(t.trial_id for t in result.trials if t.status != "failed" and t.params["optim.lr"] == 0.003)
-    # trials run one after the other, in the order of their ids: before a good one there is nothing to compare with
-    bad = [t for t in result.trials if t.status != "failed" and t.params["optim.lr"] < 1e-3 and t.trial_id > first_good]
+    trials = sorted(result.trials, key=lambda trial: trial.started or 0.0)  # their ids are random
+    failed = [t for t in trials if t.status == "failed"]
+    ran = [t for t in trials if t.status != "failed"]
+    rates = [t.params["optim.lr"] for t in ran]
+    # one after the other: before a good one there is nothing to compare with
+    bad = [t for t in ran[rates.index(0.003) :] if t.params["optim.lr"] < 1e-3]
     assert failed, "the seed draws a failing trial"
     assert bad, "the seed draws a bad trial"
     assert all("btc.heads 5" in t.error and t.params["btc.heads"] == 5 for t in failed)
