@@ -143,8 +143,10 @@ def another_writer(database: str) -> Iterator[list[str]]:
                 other.execute(statement, (*made, *parameters[1:]))
 
     sqlalchemy.event.listen(sqlalchemy.engine.Engine, "before_cursor_execute", before)
-    yield made
-    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "before_cursor_execute", before)
+    try:
+        yield made
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.engine.Engine, "before_cursor_execute", before)
 
 
 def test_two_runs_that_name_one_new_data_set_in_the_same_moment_both_have_it(uri: str) -> None:
@@ -167,6 +169,10 @@ def test_two_runs_that_name_one_new_data_set_in_the_same_moment_both_have_it(uri
     [
         (MlflowException("away"), Verdict.RETRY),
         (MlflowException("name", error_code=1000), Verdict.DROP),  # INVALID_PARAMETER_VALUE
+        (MlflowException("(sqlite3.IntegrityError) UNIQUE constraint failed: a.b", error_code=4), Verdict.RETRY),
+        (MlflowException("(psycopg2.errors.UniqueViolation) duplicate key value ...", error_code=4), Verdict.RETRY),
+        (MlflowException("(sqlite3.IntegrityError) NOT NULL constraint failed: a.b", error_code=4), Verdict.DROP),
+        (MlflowException("(sqlite3.IntegrityError) FOREIGN KEY constraint failed", error_code=4), Verdict.DROP),
         (ConnectionError("reset"), Verdict.RETRY),
         (FileNotFoundError("a.txt"), Verdict.DROP),
     ],

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 KEY_TAG = "mpc.run_key"
 PARENT_TAG = "mlflow.parentRunId"
 PARAMS_A_BATCH, METRICS_A_BATCH = 100, 1000  # limits of MLflow's log_batch
-RACES = ("IntegrityError", "UniqueViolation")
-"""What databases say when somebody else has made the same row since it was looked for; the next look finds it."""
+RACES = ("UNIQUE constraint failed", "duplicate key value", "Duplicate entry")
+"""What SQLite, PostgreSQL and MySQL say of a row that another writer made since it was looked for; it is found next."""
 PAUSE_S = 30.0  # after a failure the server is left alone for so long
 
 Operation = Callable[[MlflowClient, str], object]

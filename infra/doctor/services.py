@@ -61,6 +61,6 @@ def reachable(tracking: str) -> list[Finding]:
 
 def first_cause(error: BaseException) -> str:
     """What the innermost of the errors says: the system's own word instead of three clients' wrappings of it."""
-    while cause := error.__cause__ or error.__context__:
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
