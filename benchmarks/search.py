@@ -2,8 +2,8 @@
 was stopped.
 
     python benchmarks/search.py overhead --out runs/overhead     # against the same trials by hand; about 20 minutes
-    python benchmarks/search.py curves --out runs/curves         # 81 settings x 27 epochs x 5 seeds: 40 minutes of CPU
-    python benchmarks/search.py asha --out runs/curves           # Ray's ASHA over these curves; 5 minutes
+    python benchmarks/search.py curves --out runs/curves         # 81 settings x 27 epochs x 5 seeds: 53 minutes of CPU
+    python benchmarks/search.py asha --out runs/curves           # Ray's ASHA over these curves; a minute
 
 overhead: the same settings, loop, Ray Data stream and checkpoints, once in one process after the other, once as a
 search with one trial at a time; both start Ray, which is shown apart. A trial lasts at least a minute.
