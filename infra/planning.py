@@ -23,7 +23,7 @@ def show_search(settings: Settings, space: Space, data: str, out: str, tracking:
         UserError: what `tune` would refuse.
     """
     run, config, card = run_config(settings), settings.search, read_card(data)
-    require_validation(card)
+    require_validation(card, run.data.val_labels)
     make_scheduler(config, run, space, out)
     placed = plan(run, config, machines())
     beginning = begin(settings, space, data, tracking)

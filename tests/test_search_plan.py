@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from infra.cli.app import app
 from mpc.errors import UserError
+from pipeline.card import CARD_FILE
 from pipeline.config import RunConfig
 from pipeline.dotted import validate
 from tuning.budget import FILE, Hours
@@ -188,6 +189,23 @@ def test_a_dry_run_shows_space_plan_and_time_and_writes_nothing(few_data: str, t
     assert not out.exists()
     refused = CliRunner().invoke(app, [*arguments, "--set=train.worker_cpus=4096"])
     assert "the largest machine has" in str(refused.exception)
+
+
+def test_a_dry_run_takes_data_of_which_only_positives_are_known(ray_session: None, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    tiny_data(data, images=200)
+    card = json.loads((data / CARD_FILE).read_text())
+    for counts in card["counts"].values():
+        counts["known"] = counts["positives"]
+    (data / CARD_FILE).write_text(json.dumps(card))
+    (tmp_path / "space.yaml").write_text("optim.lr: {loguniform: [0.001, 0.01]}\n")
+    tiny = ["model.backbone=test_efficientnet_gn", "model.weights=none", "train.batch_size=8", "train.worker_cpus=0.5"]
+    arguments = ["tune", "--data", str(data), "--out", str(tmp_path / "out"), "--dry-run"]
+    arguments += ["--space", str(tmp_path / "space.yaml"), *(f"--set={setting}" for setting in tiny)]
+    refused = CliRunner().invoke(app, arguments)
+    assert "data.val_labels=observed" in str(refused.exception)
+    done = CliRunner().invoke(app, [*arguments, "--set=data.val_labels=observed"])
+    assert done.exit_code == 0, (done.output, done.exception)
 
 
 def test_an_estimate_rests_on_the_record_or_on_steps_timed_here(ray_session: None, tmp_path: Path) -> None:
