@@ -22,6 +22,7 @@ from tuning.estimate import Pace, forecast, pace
 from tuning.resources import HEAD, asked, plan
 from tuning.schedulers import make_scheduler, rungs
 from tuning.searchers import Known, make_proposals, population
+from tuning.space import load as load_space
 
 LR = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
 
@@ -118,6 +119,29 @@ def test_a_population_changes_only_what_can_change(dimension: Dimension, train: 
     config = SearchConfig(scheduler="pbt", searcher="random")
     with pytest.raises(UserError, match=message):
         make_scheduler(config, run(**train), Space((dimension,)), "trials")
+
+
+def test_the_driver_of_a_trial_with_several_workers_needs_room_too() -> None:
+    base = run(num_workers=2, batch_size=32, backend="torch", tasks=2, task_cpus=0.5)  # two CPUs each
+    config = SearchConfig(cpus_for_data=0.0)
+    with pytest.raises(UserError, match=r"search\.cpus_for_data"):
+        plan(base, config, [{"CPU": 4.0}])
+    assert plan(base, config, [{"CPU": 5.0}]).concurrent == 1
+    # a driver takes of what is kept for data, but leaves a reading task enough
+    reading = run(num_workers=2, batch_size=32, task_cpus=1.0)
+    with pytest.raises(UserError, match=r"search\.cpus_for_data"):
+        plan(reading, SearchConfig(cpus_for_data=1.0), [{"CPU": 3.0}])
+    small = run(num_workers=2, batch_size=32, task_cpus=0.25)
+    assert plan(small, SearchConfig(cpus_for_data=1.0), [{"CPU": 3.0}]).concurrent == 1
+
+
+@pytest.mark.parametrize("key", ["data.val_kappa", "data.val_labels", "data.draw_seed"])
+def test_what_trials_are_measured_by_is_not_searched(key: str, tmp_path: Path) -> None:
+    domains = {"data.val_kappa": "{uniform: [1.5, 3.0]}", "data.draw_seed": "{int: [0, 9]}"}
+    (tmp_path / "space.yaml").write_text(f"{key}: {domains.get(key, '{choice: [full, observed]}')}\n")
+    base = RunConfig.model_validate({"data": {"val_labels": "observed", "val_kappa": 2.0}})
+    with pytest.raises(UserError, match=key):
+        load_space(str(tmp_path / "space.yaml"), base)
 
 
 def test_a_grid_beyond_the_budget_is_refused() -> None:

@@ -24,8 +24,9 @@ from pipeline.dotted import check_path, leaves, merge, nested, validate
 from tuning.domains import CHOICE, KINDS, WHEN, Dimension, Settings, Space
 
 FIXED = ("train.epochs", "train.num_workers", "train.use_gpu", "train.gpus", "train.worker_cpus", "train.schedule",
-         "train.checkpoint_every", "train.max_failures", "data.backend", "data.tasks", "data.task_cpus")  # fmt: skip
-"""What all trials share: epochs, and what they ask of the cluster."""
+         "train.checkpoint_every", "train.max_failures", "data.backend", "data.tasks", "data.task_cpus",
+         "data.val_labels", "data.val_kappa", "data.draw_seed")  # fmt: skip
+"""What all trials share: epochs, what they ask of the cluster, and what they are measured by."""
 CORNERS = 256
 """Up to so many corners of a space are all tried on the configuration; of a larger one, every pair of edges."""
 
