@@ -60,11 +60,16 @@ def plan(run: RunConfig, config: SearchConfig, nodes: Sequence[Node]) -> Plan:
 
 
 def _fitting(run: RunConfig, kept: float, nodes: Sequence[Node]) -> int:
-    """Trials whose workers all find a machine while `kept` CPUs stay free."""
+    """Trials whose workers all find a machine while `kept` CPUs stay free, with enough for a reading task after drivers."""
     slots = sum(_workers(run, node) for node in nodes)
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    of_a_trial = run.train.num_workers * run.worker_cpus
-    return min(slots // run.train.num_workers, math.floor((cpus - kept) / of_a_trial + 1e-9))
+    of_workers = run.train.num_workers * run.worker_cpus
+    driver = DRIVER_CPU if run.train.num_workers > 1 else 0.0
+    return min(
+        slots // run.train.num_workers,
+        math.floor((cpus - kept) / of_workers + 1e-9),
+        math.floor((cpus - run.cpus_beside) / (of_workers + driver) + 1e-9),
+    )
 
 
 def _workers(run: RunConfig, node: Node) -> int:
