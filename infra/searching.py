@@ -71,6 +71,9 @@ def search(
         )
         attach(result.best_checkpoint, data, settings.reference)
         status = Status.FINISHED
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM
+        status = Status.KILLED
+        raise
     finally:
         close_run(tracker, out, parent, status)
         tracker.close()

@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # workers without a GPU keep seeing CUDA_VISIBLE_DEVICES
     "RAY_TQDM_PATCH_PRINT": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a banner whatever verbosity it is given; the display is ours
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # tuning.interruption has ours
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # a killed search forgets this much; by default 10 s and more
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from ray.tune import Callback
 
+from tuning.interruption import interrupted
+
 
 class SearchListener(Protocol):
     """Someone who follows a search from the driver."""
@@ -19,7 +21,7 @@ class SearchListener(Protocol):
         ...
 
     def on_trial_end(self, trial_id: str, status: str) -> None:
-        """`finished`, `stopped` (early, by the scheduler) or `failed`."""
+        """`finished`, `stopped` (early, by the scheduler or with the hours) or `failed`."""
         ...
 
 
@@ -65,9 +67,11 @@ class Follow(Callback):  # type: ignore[misc]
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
+        self.unended: set[str] = set()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins."""
+        self.unended.add(name_of(trial))
         for listener in _listeners:
             listener.on_trial_start(name_of(trial), settings_of(trial))
 
@@ -80,10 +84,19 @@ class Follow(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has run to its end, or was stopped."""
-        for listener in _listeners:
-            listener.on_trial_end(name_of(trial), ended_how(trial, self.epochs))
+        self._end(name_of(trial), ended_how(trial, self.epochs))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed."""
+        self._end(name_of(trial), "failed")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """The search has ended, and with it trials that had not: Tune tells of no other end of those."""
+        for trial in trials:
+            if name_of(trial) in self.unended and not interrupted():
+                self._end(name_of(trial), ended_how(trial, self.epochs))
+
+    def _end(self, name: str, status: str) -> None:
+        self.unended.discard(name)
         for listener in _listeners:
-            listener.on_trial_end(name_of(trial), "failed")
+            listener.on_trial_end(name, status)

@@ -10,6 +10,7 @@ from ray.tune.experiment import Trial
 from mpc.errors import MissingError
 from pipeline import storage
 from tuning.follow import ended_how, name_of, settings_of
+from tuning.interruption import interrupted
 from tuning.keeping import surviving
 
 FILE = "trial.json"
@@ -39,6 +40,16 @@ class Journal(Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed."""
         self._end(trial, "failed")
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """The search has ended, and with it trials that had not: Tune tells of no other end of those."""
+        if interrupted():
+            return
+        for trial in trials:
+            with surviving(f"{FILE} of trial {name_of(trial)}"):
+                note = read(self.trials, name_of(trial))
+                if note and "ended" not in note:
+                    self._end(trial, ended_how(trial, self.epochs))
 
     def _end(self, trial: Trial, status: str) -> None:
         with surviving(f"{FILE} of trial {name_of(trial)}"):

@@ -14,6 +14,7 @@ from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.versions import git_commit, versions
 from tuning.follow import name_of, settings_of
+from tuning.interruption import interrupted
 from tuning.keeping import surviving
 from tuning.record import RunRecord, Status, epoch_metrics, without_places
 from tuning.space import apply
@@ -220,8 +221,18 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
 
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
         """FINISHED also for a trial that the scheduler stopped early; one that raised is FAILED."""
+        self._end(trial, Status.FAILED if failed else Status.FINISHED)
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """The search has ended, and with it trials that had not: Tune tells of no other end of those."""
+        for trial in trials:
+            with surviving(f"{RECORD} of trial {name_of(trial)}"):
+                record = read_record(self._folder(trial))
+                if record is not None and record.status is Status.RUNNING:
+                    self._end(trial, Status.KILLED if interrupted() else Status.FINISHED)
+
+    def _end(self, trial: Trial, status: Status) -> None:
         self.log_trial_start(trial)
-        status = Status.FAILED if failed else Status.FINISHED
         close_run(self.tracker, self._folder(trial), self._runs.pop(trial.trial_id), status)
 
     def _folder(self, trial: Trial) -> str:

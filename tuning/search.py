@@ -22,6 +22,7 @@ from tuning.budget import Hours
 from tuning.config import SearchConfig
 from tuning.domains import Space
 from tuning.follow import STATE, TRIALS, Follow, SearchListener, followed, name_of
+from tuning.interruption import interruptible
 from tuning.journal import Journal
 from tuning.keeping import Keep
 from tuning.outcome import Conclusion, SearchResult, identity
@@ -67,6 +68,7 @@ def search(
 
     Raises:
         UserError: settings that do not fit the cluster or the data; nothing to resume; no trial that ended well.
+        KeyboardInterrupt: Ctrl-C; the search can be resumed.
     """
     if run.train.min_workers is not None:
         raise UserError("train.min_workers: trials keep their number of workers; unset it and set train.num_workers")
@@ -86,7 +88,7 @@ def search(
         _note(out, beginning)
         tuner = work.tuner(beginning.known, [*work.callbacks(), *callbacks])
     random.seed(config.seed)  # population based training draws from it
-    with followed(listeners):
+    with followed(listeners), interruptible():
         grid = tuner.fit()
     return Conclusion(run, config, space, card, out).write(grid, json.loads(storage.read_bytes(_noted(out))))
 

@@ -1,0 +1,122 @@
+"""How a search ends before its trials do, by Ctrl-C or with its hours, and what every record then says of them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from searches import epochs_of, write_space
+
+from infra.console import PlainDisplay
+from infra.searching import search
+from infra.settings import Settings
+from pipeline.record import read_lines
+from tuning.domains import Dimension, Space
+
+SETTINGS = {
+    "model": {"backbone": "test_efficientnet_gn"},
+    "loss": {"lambda_btc": 0.0, "lambda_fpc": 0.0, "warmup_epochs": 0.2, "ramp_epochs": 0.2},
+    "data": {"tasks": 1, "task_cpus": 0.25},
+    "train": {"epochs": 4, "batch_size": 8, "worker_cpus": 0.75},
+    "search": {
+        "metric": "loss_sup",
+        "mode": "min",
+        "cpus_for_data": 0.25,
+        "searcher": "random",
+        "scheduler": "none",
+        "max_trials": 3,
+        "max_concurrent": 1,
+        "keep_trials": 1,
+    },
+}
+SPACE = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
+LINE = [sys.executable, "-c", "from infra.cli import main; main()"]
+
+
+def runs_of(store: str) -> dict[str, Run]:
+    """The runs in MLflow, by their names."""
+    client = MlflowClient(tracking_uri=store)
+    found = client.search_runs([client.get_experiment_by_name("mpc-cxr").experiment_id])
+    return {run.info.run_name: run for run in found}
+
+
+class Late(PlainDisplay):
+    """A display whose clock jumps a day ahead once a trial has trained an epoch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__("trials")
+        self.monkeypatch, self.lines = monkeypatch, list[str]()
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if done:
+            late = SimpleNamespace(monotonic=lambda: time.monotonic() + 24 * 3600)
+            self.monkeypatch.setattr("tuning.budget.time", late)
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*(progress.csv|result.json)")  # Tune leaves them open then
+def test_a_trial_that_the_hours_end_has_ended_in_every_record(
+    few_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, store, display = tmp_path / "search", f"sqlite:///{tmp_path}/mlflow.db", Late(monkeypatch)
+    longer = {"train": {**SETTINGS["train"], "epochs": 1000}, "search": {**SETTINGS["search"], "max_hours": 20}}
+    (trial,) = search(Settings.model_validate({**SETTINGS, **longer}), SPACE, few_data, str(out), store, display).trials
+    assert trial.status == "stopped"
+    assert trial.started is not None
+    assert trial.ended is not None
+    assert trial.ended > trial.started
+    assert any(f"{trial.trial_id}: stopped" in line for line in display.lines)
+    assert json.loads((out / "trials" / trial.trial_id / "tracking.json").read_text())["status"] == "FINISHED"
+    assert {name: found.info.status for name, found in runs_of(store).items()} == {
+        "search": "FINISHED",
+        trial.trial_id: "FINISHED",
+    }
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_search_that_resume_continues(few_data: str, tmp_path: Path) -> None:
+    out, store = tmp_path / "search", f"sqlite:///{tmp_path}/mlflow.db"
+    (tmp_path / "settings.yaml").write_text(json.dumps({**SETTINGS, "tracking": {"uri": store}}))  # which is YAML too
+    command = [*LINE, "tune", "--data", few_data, "--out", str(out), "--config", str(tmp_path / "settings.yaml")]
+    command += ["--space", write_space(tmp_path, "optim.lr: {loguniform: [0.001, 0.01]}")]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    deadline = time.monotonic() + 300
+    while not (len(epochs_of(out)) == 2 and min(epochs_of(out).values()) >= 2):  # the first is through, the next is not
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert not (out / "search.json").exists(), "it has not ended"
+    before = {name: read_lines(f"{out}/trials/{name}/metrics.jsonl") for name in epochs_of(out)}
+    stored = {path.parents[1].name for path in (out / "tune").rglob("model.safetensors")}
+    assert stored == set(before), "what goes on keeps its checkpoint"
+    first, second = sorted(before, key=lambda name: -len(before[name]))
+    assert {name: found.info.status for name, found in runs_of(store).items()} == {
+        "search": "KILLED",
+        first: "FINISHED",
+        second: "KILLED",
+    }
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = {name: read_lines(f"{out}/trials/{name}/metrics.jsonl") for name in before}
+    for name, lines in before.items():
+        known = lines if len(lines) == 4 else lines[:-1]  # its last epoch may not have been stored yet
+        assert after[name][: len(known)] == known, "no epoch is trained again, by its seconds"
+        assert len(after[name]) == 4
+    runs = runs_of(store)
+    assert [found.info.status for found in runs.values()] == ["FINISHED"] * 4, "the search and three trials"
+    assert runs.keys() == {"search", *epochs_of(out)}
+    parents = {found.data.tags.get("mlflow.parentRunId") for name, found in runs.items() if name != "search"}
+    assert parents == {runs["search"].info.run_id}

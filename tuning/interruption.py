@@ -1,0 +1,43 @@
+"""Ctrl-C in a search: Tune writes its state first, then the interruption goes on to whoever asked for the search."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_asked = threading.Event()  # of this process's search, as its listeners are
+
+
+def interrupted() -> bool:
+    """Whether this process's search was asked to end, and is to be continued with --resume."""
+    return _asked.is_set()
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While it lasts, a first Ctrl-C lets Tune save and return, and is raised at the end; a second one at once.
+
+    Tune's own handler would return from a Ctrl-C as if the search had ended, so `pipeline.environment` switches it off;
+    SIGUSR1 is the other signal at which it saves. Until Tune listens to that, a Ctrl-C is raised at once.
+    """
+    _asked.clear()
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+
+    def first(number: int, frame: Any) -> None:
+        _asked.set()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        signal.raise_signal(signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if _asked.is_set():
+        raise KeyboardInterrupt
