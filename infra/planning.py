@@ -8,11 +8,10 @@ from infra.searching import begin
 from infra.settings import Settings, run_config
 from pipeline import runtime
 from pipeline.card import read_card
-from pipeline.scoring import require_validation
 from tuning.domains import Space
 from tuning.estimate import Forecast, forecast, pace
 from tuning.resources import Node, Plan, cluster, plan
-from tuning.schedulers import make_scheduler
+from tuning.search import check
 from tuning.searchers import make_proposals
 
 
@@ -23,8 +22,7 @@ def show_search(settings: Settings, space: Space, data: str, out: str, tracking:
         UserError: what `tune` would refuse.
     """
     run, config, card = run_config(settings), settings.search, read_card(data)
-    require_validation(card, run.data.val_labels)
-    make_scheduler(config, run, space, out)
+    check(run, config, space, card, out)
     placed = plan(run, config, machines())
     beginning = begin(settings, space, data, tracking)
     make_proposals(config, space, placed.concurrent, beginning.known)

@@ -1,9 +1,11 @@
 """A search as a person starts it: on the screen, in MLflow as one parent run with a child a trial, and on disk."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import optuna
+from ray.tune import Callback
 
 from infra.console import Display, say, table
 from infra.evaluating import evaluate
@@ -11,13 +13,13 @@ from infra.listeners import TrialLines
 from infra.settings import Settings, run_config
 from pipeline import runtime, storage
 from pipeline.card import read_card
+from pipeline.record import RUN_FILE
 from pipeline.reference import attach
 from tuning import search as searches
 from tuning.domains import Space
-from tuning.follow import STATE, TRIALS
-from tuning.listeners import MlflowCallback, close_run, data_tags, open_run
+from tuning.follow import TRIALS
+from tuning.listeners import MlflowCallback, data_tags, opened
 from tuning.outcome import SearchResult
-from tuning.record import Status
 from tuning.report import write_search
 from tuning.searchers import Beginning
 from tuning.tracking import Tracker
@@ -46,18 +48,20 @@ def search(
         resume: continue what `out` holds, or start where it holds nothing.
         verbose: show Ray's logs.
     """
-    run = run_config(settings)
-    tags = {**data_tags(read_card(data)), "searcher": settings.search.searcher, "scheduler": settings.search.scheduler}
-    tracker = Tracker(tracking, settings.tracking.experiment)
+    run, card = run_config(settings), read_card(data)
+    tags = {**data_tags(card), "searcher": settings.search.searcher, "scheduler": settings.search.scheduler}
     config = {**run.model_dump(mode="json"), "search": settings.search.model_dump(mode="json")}
-    resume = resume and storage.exists(storage.join(out, STATE))
-    beginning = Beginning() if resume else begin(settings, space, data, tracking)
-    parent = open_run(tracker, out, storage.name(out), config=config, tags=tags)
+    resume = resume and storage.exists(storage.join(out, RUN_FILE))
+    beginning = Beginning() if resume and searches.begun(out) else begin(settings, space, data, tracking)
     optuna.logging.set_verbosity(optuna.logging.INFO if verbose else optuna.logging.ERROR)
     if verbose:
         runtime.start(dashboard=run.train.num_workers > 1, verbose=True)
-    status = Status.FAILED
-    try:
+    with closing(Tracker(tracking, settings.tracking.experiment)) as tracker, ExitStack() as stack:
+
+        def callbacks() -> list[Callback]:
+            parent = stack.enter_context(opened(tracker, out, storage.name(out), config=config, tags=tags))
+            return [MlflowCallback(tracker, parent, storage.join(out, TRIALS), base=run, tags=tags)]
+
         result = searches.search(
             run,
             settings.search,
@@ -67,16 +71,9 @@ def search(
             resume=resume,
             beginning=beginning,
             listeners=[TrialLines(display, settings.search, run.train.epochs)],
-            callbacks=[MlflowCallback(tracker, parent, storage.join(out, TRIALS), base=run, tags=tags)],
+            callbacks=callbacks,
         )
         attach(result.best_checkpoint, data, settings.reference)
-        status = Status.FINISHED
-    except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM
-        status = Status.KILLED
-        raise
-    finally:
-        close_run(tracker, out, parent, status)
-        tracker.close()
     return result
 
 

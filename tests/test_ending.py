@@ -15,9 +15,14 @@ from searches import epochs_of, write_space
 
 from infra.console import PlainDisplay
 from infra.searching import search
-from infra.settings import Settings
-from pipeline.record import read_lines
+from infra.settings import Settings, run_config
+from mpc.errors import UserError
+from pipeline.card import read_card
+from pipeline.record import claim, read_lines
 from tuning.domains import Dimension, Space
+from tuning.listeners import write_record
+from tuning.outcome import identity
+from tuning.record import RunRecord, Status
 
 SETTINGS = {
     "model": {"backbone": "test_efficientnet_gn"},
@@ -120,3 +125,27 @@ def test_ctrl_c_ends_a_search_that_resume_continues(few_data: str, tmp_path: Pat
     assert runs.keys() == {"search", *epochs_of(out)}
     parents = {found.data.tags.get("mlflow.parentRunId") for name, found in runs.items() if name != "search"}
     assert parents == {runs["search"].info.run_id}
+
+
+def test_a_refused_resume_leaves_every_record_as_it_was(few_data: str, tmp_path: Path) -> None:
+    out, store = tmp_path / "search", f"sqlite:///{tmp_path}/mlflow.db"
+    settings = Settings.model_validate(SETTINGS)
+    claim(str(out), identity(run_config(settings), settings.search, SPACE, read_card(few_data)), resume=False)
+    write_record(str(out), RunRecord(key="k", name="search", status=Status.FINISHED))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    other = Settings.model_validate({**SETTINGS, "train": {**SETTINGS["train"], "epochs": 7}})
+    with pytest.raises(UserError, match=r"train\.epochs = 4, not 7"):
+        search(other, SPACE, few_data, str(out), store, PlainDisplay("trials"), resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_search_killed_before_its_first_trial_is_begun_by_resume(few_data: str, tmp_path: Path) -> None:
+    out, store = tmp_path / "search", f"sqlite:///{tmp_path}/mlflow.db"
+    one = {**SETTINGS, "train": {**SETTINGS["train"], "epochs": 1}, "search": {**SETTINGS["search"], "max_trials": 1}}
+    settings = Settings.model_validate(one)
+    claim(str(out), identity(run_config(settings), settings.search, SPACE, read_card(few_data)), resume=False)
+    with pytest.raises(UserError, match="continue it with --resume"):
+        search(settings, SPACE, few_data, str(out), store, PlainDisplay("trials"))
+    result = search(settings, SPACE, few_data, str(out), store, PlainDisplay("trials"), resume=True)
+    assert [trial.status for trial in result.trials] == ["finished"]

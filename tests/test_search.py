@@ -129,7 +129,7 @@ def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(
     train = BASE.train.model_copy(update={"num_workers": 2, "worker_cpus": 0.5})
     data = BASE.data.model_copy(update={"task_cpus": 0.2})
     asha = {"grace_epochs": 1, "reduction_factor": 2, "max_concurrent": 1}
-    config = SearchConfig(**LOSS, **asha, searcher="grid", keep_trials=1)
+    config = SearchConfig(**asha, searcher="grid", keep_trials=1, cpus_for_data=0.5)
     out = tmp_path / "search"
     base = BASE.model_copy(update={"train": train, "data": data})
     refused = searches.start(phantom_data, out, base, config, yaml)  # the tests' own cluster runs on this machine

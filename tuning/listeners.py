@@ -1,7 +1,8 @@
 """What reports to MLflow: a listener for one training run, and Ray Tune's callback for the trials of a search."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -106,6 +107,23 @@ def close_run(
     if tags:
         tracker.set_tags(run, tags)
     tracker.end_run(run, status)
+
+
+@contextmanager
+def opened(
+    tracker: Tracker, folder: str, name: str, *, config: Mapping[str, Any], tags: Mapping[str, str]
+) -> Iterator[TrackedRun]:
+    """The MLflow run of `folder` while the context lasts: then FINISHED, KILLED by a signal, or FAILED."""
+    run = open_run(tracker, folder, name, config=config, tags=tags)
+    status = Status.FAILED
+    try:
+        yield run
+        status = Status.FINISHED
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Ray makes of SIGTERM
+        status = Status.KILLED
+        raise
+    finally:
+        close_run(tracker, folder, run, status)
 
 
 class RunListener:

@@ -60,7 +60,7 @@ def plan(run: RunConfig, config: SearchConfig, nodes: Sequence[Node]) -> Plan:
 
 
 def _fitting(run: RunConfig, kept: float, nodes: Sequence[Node]) -> int:
-    """Trials whose workers all find a machine while `kept` CPUs stay free, of which drivers leave a reading task enough."""
+    """Trials whose workers all find a machine while `kept` CPUs stay free, of which drivers leave one reading task."""
     slots = sum(_workers(run, node) for node in nodes)
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     of_workers = run.train.num_workers * run.worker_cpus

@@ -3,7 +3,7 @@
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.config import RunConfig
-from pipeline.record import claim
+from pipeline.record import RUN_FILE, claim
 from pipeline.scoring import require_validation
 from tuning.budget import Hours
 from tuning.config import SearchConfig
@@ -50,7 +50,7 @@ def search(
     resume: bool = False,
     beginning: Beginning = Beginning(),  # noqa: B008, immutable
     listeners: Sequence[SearchListener] = (),
-    callbacks: Sequence[Callback] = (),
+    callbacks: Callable[[], Sequence[Callback]] = tuple,
 ) -> SearchResult:
     """Searches `space` around `run`; leaves trials/, search.json, best.yaml and the best checkpoint as best/.
 
@@ -60,22 +60,22 @@ def search(
         space: what varies.
         data: URI of a prepared data set.
         out: folder or s3:// prefix of this search; its identity.
-        resume: continue what lies there; finished trials are not run again. Tune's own state is a pickle: resume only
-            from storage that you trust as you trust code.
+        resume: continue what lies there, if only that it was begun; finished trials are not run again. Tune's own state
+            is a pickle: resume only from storage that you trust as you trust code.
         beginning: what earlier searches found; a resumed search has it already.
         listeners: who follows, from this process.
-        callbacks: Tune callbacks, such as the one that logs to MLflow; they must pickle.
+        callbacks: makes Tune callbacks, such as the one that logs to MLflow, once nothing is left to refuse; they must
+            pickle.
 
     Raises:
         UserError: settings that do not fit the cluster or the data; nothing to resume; no trial that ended well.
         KeyboardInterrupt: Ctrl-C; the search can be resumed.
     """
-    if run.train.min_workers is not None:
-        raise UserError("train.min_workers: trials keep their number of workers; unset it and set train.num_workers")
     data, out = storage.absolute(data), storage.absolute(out)
+    if resume and not storage.exists(storage.join(out, RUN_FILE)):
+        raise MissingError(f"--out {out} holds no search to resume; start it without --resume")
     card = read_card(data)
-    require_validation(card, run.data.val_labels)
-    make_scheduler(config, run, space, storage.join(out, TRIALS))
+    check(run, config, space, card, out)
     runtime.start(dashboard=run.train.num_workers > 1)
     placed = plan(run, config, cluster())
     make_proposals(config, space, placed.concurrent)
@@ -83,14 +83,33 @@ def search(
     for note in placed.notes:
         log.warning(note)
     work = Work(run, config, space, card, data, out, placed)
-    tuner = restored(work.trainable(), out) if resume else None
-    if tuner is None:
+    following = callbacks()
+    if resume and begun(out):
+        tuner = restored(work.trainable(), out)
+    else:
         _note(out, beginning)
-        tuner = work.tuner(beginning.known, [*work.callbacks(), *callbacks])
+        tuner = work.tuner(beginning.known, [*work.callbacks(), *following])
     random.seed(config.seed)  # population based training draws from it
     with followed(listeners), interruptible():
         grid = tuner.fit()
     return Conclusion(run, config, space, card, out).write(grid, json.loads(storage.read_bytes(_noted(out))))
+
+
+def check(run: RunConfig, config: SearchConfig, space: Space, card: DatasetCard, out: str) -> None:
+    """Refuses what no search could do, on whatever cluster.
+
+    Raises:
+        UserError: settings that do not fit each other or the data.
+    """
+    if run.train.min_workers is not None:
+        raise UserError("train.min_workers: trials keep their number of workers; unset it and set train.num_workers")
+    if run.train.num_workers > 1 and config.metric != f"val_{run.train.metric}":
+        raise UserError(
+            f"search.metric={config.metric} is not train.metric={run.train.metric}, by which a trial with several "
+            f"workers keeps its best checkpoint; set both alike, or train.num_workers=1"
+        )
+    require_validation(card, run.data.val_labels)
+    make_scheduler(config, run, space, storage.join(out, TRIALS))
 
 
 @dataclass(frozen=True)
@@ -198,27 +217,23 @@ def fresh(
     )
 
 
-def restored(trainable: Any, out: str) -> tune.Tuner | None:
-    """The search that lies in `out`; None where it was killed before Tune had written anything.
+def begun(out: str) -> bool:
+    """Whether Tune has written its state below `out`; a search that was killed before has only been claimed."""
+    return bool(tune.Tuner.can_restore(**_state(out)))
+
+
+def restored(trainable: Any, out: str) -> tune.Tuner:
+    """The search that lies in `out`.
 
     A trial that had failed goes on under its own id: under a new one, the searcher would not know it.
-
-    Raises:
-        MissingError: nothing lies there.
     """
+    return tune.Tuner.restore(trainable=trainable, resume_unfinished=True, resume_errored=True, **_state(out))
+
+
+def _state(out: str) -> dict[str, Any]:
+    """Where Tune's state lies, in Tune's terms."""
     filesystem, path = storage.resolve(storage.join(out, STATE))
-    if not storage.exists(storage.join(out, STATE)):
-        raise MissingError(f"--out {out} holds no search to resume; start it without --resume")
-    remote = filesystem if storage.is_remote(out) else None
-    if not tune.Tuner.can_restore(path, storage_filesystem=remote):
-        return None
-    return tune.Tuner.restore(
-        path,
-        trainable,
-        resume_unfinished=True,
-        resume_errored=True,
-        storage_filesystem=remote,
-    )
+    return {"path": path, "storage_filesystem": filesystem if storage.is_remote(out) else None}
 
 
 def _noted(out: str) -> str:

@@ -15,8 +15,9 @@ from pipeline.config import RunConfig
 from tuning.benchmark.cells import Cell, run_cell
 from tuning.config import SearchConfig
 from tuning.follow import CELL, STATE, Follow, SearchListener, followed, name_of
+from tuning.interruption import interruptible
 from tuning.resources import asked, cluster, plan
-from tuning.search import fresh, restored
+from tuning.search import begun, fresh, restored
 
 CELLS = "cells"
 
@@ -79,8 +80,9 @@ def run_cells(
     param_space = {CELL: tune.grid_search([cell.params() for cell in cells])}
     config = SearchConfig(max_concurrent=concurrent, cpus_for_data=first.cpus_beside)
     limit = plan(first, config, cluster()).concurrent
-    tuner = restored(trainable, out) if storage.exists(storage.join(out, STATE)) else None
-    if tuner is None:
+    if begun(out):
+        tuner = restored(trainable, out)
+    else:
         tuned = tune.TuneConfig(
             search_alg=BasicVariantGenerator(max_concurrent=limit),
             max_concurrent_trials=limit,
@@ -89,7 +91,7 @@ def run_cells(
         )
         following = [Follow(first.train.epochs), _Sweep(storage.join(out, STATE)), *callbacks]
         tuner = fresh(trainable, param_space, out, tuned, tune.CheckpointConfig(num_to_keep=2), following)
-    with followed(listeners):
+    with followed(listeners), interruptible():
         results = tuner.fit()
     return {str(r.config[CELL]["name"]): str(r.error).strip().splitlines()[-1][:300] for r in results if r.error}
 
