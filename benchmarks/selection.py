@@ -111,7 +111,7 @@ def train(run: RunConfig, data: Drawn) -> Classifier:
     ema = Ema(model, run.optim.ema)
     method: Any = build_method(run.train.method, run, model, ema.module)
     method.setup(len(rows), observed.shape[1])
-    optimizer = make_optimizer(run, method.param_groups(model, run.optim.lr))
+    optimizer = make_optimizer(run, method.param_groups(model, run.optim.lr), torch.device("cpu"))
     a_epoch = len(rows) // run.train.batch_size
     total = a_epoch * run.train.epochs
     rate = LambdaLR(optimizer, partial(relative_rate, warmup=round(run.optim.warmup * total), total=total))
