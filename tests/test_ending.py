@@ -1,6 +1,7 @@
 """How a search ends before its trials do, by Ctrl-C or with its hours, and what every record then says of them."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,3 +150,28 @@ def test_a_search_killed_before_its_first_trial_is_begun_by_resume(few_data: str
         search(settings, SPACE, few_data, str(out), store, PlainDisplay("trials"))
     result = search(settings, SPACE, few_data, str(out), store, PlainDisplay("trials"), resume=True)
     assert [trial.status for trial in result.trials] == ["finished"]
+
+
+def test_checkpoints_that_are_gone_cost_no_record(
+    few_data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, store = tmp_path / "search", f"sqlite:///{tmp_path}/mlflow.db"
+    two = {**SETTINGS["search"], "max_trials": 2, "keep_trials": 2}
+    settings = Settings.model_validate({**SETTINGS, "train": {**SETTINGS["train"], "epochs": 1}, "search": two})
+
+    def best(*, resume: bool) -> str:
+        """The best trial; what it was to leave is lost at once."""
+        name = search(settings, SPACE, few_data, str(out), store, PlainDisplay("trials"), resume=resume).best.trial_id
+        for place in (out / "tune" / name).glob("checkpoint_*"):
+            shutil.rmtree(place)
+        (out / "search.json").unlink()
+        return name
+
+    first, second = best(resume=False), best(resume=True)
+    assert first != second
+    assert f"trial {first} was better than {second}, but its checkpoints are gone" in caplog.text
+    with pytest.raises(UserError, match="no checkpoint of any trial is left"):
+        best(resume=True)
+    record = json.loads((out / "search.json").read_text())
+    assert record["best"] == first
+    assert [trial["status"] for trial in record["trials"]] == ["finished", "finished"]

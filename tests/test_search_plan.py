@@ -4,23 +4,26 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from factory import tiny_data
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from infra.cli.app import app
 from mpc.errors import UserError
-from pipeline.card import CARD_FILE
+from pipeline.card import CARD_FILE, DatasetCard
 from pipeline.config import RunConfig
 from pipeline.dotted import validate
 from tuning.budget import FILE, Hours
 from tuning.config import SearchConfig
 from tuning.domains import Dimension, Space
 from tuning.estimate import Pace, forecast, pace
+from tuning.keeping import ranked
 from tuning.resources import HEAD, asked, plan
 from tuning.schedulers import make_scheduler, rungs
+from tuning.search import check
 from tuning.searchers import Known, make_proposals, population
 from tuning.space import load as load_space
 
@@ -142,6 +145,34 @@ def test_what_trials_are_measured_by_is_not_searched(key: str, tmp_path: Path) -
     base = RunConfig.model_validate({"data": {"val_labels": "observed", "val_kappa": 2.0}})
     with pytest.raises(UserError, match=key):
         load_space(str(tmp_path / "space.yaml"), base)
+
+
+@pytest.mark.parametrize(
+    ("search", "reason"),
+    [
+        ({"metric": "val_macro_aurocc"}, "no epoch reports metric val_macro_aurocc; set it to val_macro_auroc"),
+        ({"metric": "seconds", "mode": "min"}, "no epoch reports metric seconds"),
+        ({"metric": "loss"}, "mode max would take the worst loss for the best; set mode=min"),
+        ({"mode": "min"}, "mode min would take the worst val_macro_auroc for the best; set mode=max"),
+    ],
+)
+def test_a_metric_that_no_epoch_reports_or_the_wrong_direction_is_refused(search: dict[str, str], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        SearchConfig.model_validate(search)
+
+
+def test_several_workers_keep_their_checkpoints_by_what_is_searched_for() -> None:
+    base = run(num_workers=2, batch_size=32, metric="macro_ap")
+    card = cast(DatasetCard, None)  # what follows would read it
+    with pytest.raises(UserError, match=r"search\.metric=val_macro_auroc is not train\.metric=macro_ap"):
+        check(base, SearchConfig(), LR, card, "out")
+
+
+def test_equal_trials_rank_by_their_names_everywhere() -> None:
+    """Else checkpoints of one would be kept, and those of another published."""
+    values = {"b": 0.5, "c": None, "d": 0.7, "a": 0.5}
+    assert ranked(values, SearchConfig()) == ["d", "a", "b"]
+    assert ranked(values, SearchConfig(metric="loss", mode="min")) == ["a", "b", "d"]
 
 
 def test_a_grid_beyond_the_budget_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The configuration of a search and of tracking."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -43,7 +44,8 @@ class SearchConfig(Config):
     """ASHA and HyperBand keep one trial in this many at each rung."""
     pbt: PbtConfig = PbtConfig()
     metric: str = "val_macro_auroc"
-    """Key of `metrics.jsonl` that is searched for."""
+    """Key of `metrics.jsonl` that is searched for: `val_macro_auroc`, `val_macro_ap`, or with mode=min `loss` or one of
+    its terms, such as `loss_sup`."""
     mode: Literal["max", "min"] = "max"
     cost: Literal["seconds", "mflops"] = "seconds"
     """What `pareto` weighs against the metric: mean seconds of an epoch, as measured, or the millions of
@@ -56,6 +58,22 @@ class SearchConfig(Config):
     """Best trials whose checkpoints stay on disk."""
     cpus_for_data: NonNegative = 1.0
     """CPUs that trials leave to reading and augmenting by Ray Data; 0 will do with data.backend=torch."""
+
+    @property
+    def sign(self) -> float:
+        """What makes more of the metric better: 1 or -1."""
+        return 1.0 if self.mode == "max" else -1.0
+
+    @model_validator(mode="after")
+    def metric_is_measured(self) -> "SearchConfig":
+        """A search by what no epoch reports would train for nothing, and one in the wrong direction for the worst."""
+        modes = {"val_macro_auroc": "max", "val_macro_ap": "max"}
+        mode = "min" if re.fullmatch(r"loss(_\w+)?", self.metric) else modes.get(self.metric)
+        if mode is None:
+            raise ValueError(f"no epoch reports metric {self.metric}; set it to {', '.join(modes)}, loss or loss_sup")
+        if mode != self.mode:
+            raise ValueError(f"mode {self.mode} would take the worst {self.metric} for the best; set mode={mode}")
+        return self
 
     @model_validator(mode="after")
     def fits_together(self) -> "SearchConfig":

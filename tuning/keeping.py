@@ -1,7 +1,7 @@
 """What stays on disk while a search runs: the best of the best trials, and what unfinished ones go on from."""
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,12 @@ def best_value(history: Sequence[dict[str, Any]], config: SearchConfig) -> float
     """The best value of the metric in a trial's record."""
     values = [line[config.metric] for line in history if line.get(config.metric) is not None]
     return (max if config.mode == "max" else min)(values, default=None)
+
+
+def ranked(values: Mapping[str, float | None], config: SearchConfig) -> list[str]:
+    """The trials that have a value, by name, the best first; of equals, the first name."""
+    valued = {name: value for name, value in values.items() if value is not None}
+    return sorted(valued, key=lambda name: (-config.sign * valued[name], name))
 
 
 class Keep(Callback):  # type: ignore[misc]
@@ -94,9 +100,7 @@ class Keep(Callback):  # type: ignore[misc]
         """Deletes what is not the best checkpoint of one of the best trials that have ended."""
         for name in {name_of(trial) for trial in ended} - self._values.keys():
             self._values[name] = best_value(MetricsLog(storage.join(self.trials, name)).read(), self.config)
-        sign = 1.0 if self.config.mode == "max" else -1.0
-        valued = {name: sign * value for name, value in self._values.items() if value is not None}
-        best = sorted(valued, key=lambda name: valued[name], reverse=True)[: self.config.keep_trials]
+        best = ranked(self._values, self.config)[: self.config.keep_trials]
         needed = _gone_on_from(trials, ended[-1])
         for trial in ended:
             name = name_of(trial)
@@ -116,9 +120,8 @@ def _gone_on_from(trials: list[Trial], ended: Trial | None = None) -> set[str]:
 
 def best_of(found: Sequence[Found], config: SearchConfig) -> Found | None:
     """The checkpoint with the best value of the metric; of equals, the latest."""
-    sign = 1.0 if config.mode == "max" else -1.0
     valued = [item for item in found if config.metric in item.metrics]
-    return max(reversed(valued), key=lambda item: sign * item.metrics[config.metric], default=None)
+    return max(reversed(valued), key=lambda item: config.sign * item.metrics[config.metric], default=None)
 
 
 def delete_checkpoints(state: str, trials: str, name: str, needed: Collection[str] = ()) -> None:

@@ -1,6 +1,7 @@
 """What a search leaves behind: its trials, the best checkpoint, search.json; nothing that ran is left unsaid."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import yaml
 from ray import tune
+from ray.train import Checkpoint
 
 from mpc.checkpoint import INFO
 from mpc.errors import UserError
@@ -22,11 +24,13 @@ from tuning import budget, journal
 from tuning.config import SearchConfig
 from tuning.domains import Space
 from tuning.follow import CELL, STATE, TRIALS
-from tuning.keeping import best_of, best_value, delete_checkpoints
+from tuning.keeping import best_of, best_value, delete_checkpoints, ranked
 from tuning.pareto import front
 from tuning.schedulers import rungs
 from tuning.searchers import COST
 from tuning.trial import LEGS_FILE
+
+log = logging.getLogger(__name__)
 
 SEARCH_FILE = "search.json"
 RUN_FILE = "best.yaml"
@@ -96,27 +100,34 @@ class Conclusion:
         """Writes search.json, best/ and best.yaml, and leaves checkpoints of the best `keep_trials` trials alone.
 
         Raises:
-            UserError: no trial reported the metric.
+            UserError: no trial reported the metric, or no checkpoint of one that did is left.
         """
         results = {Path(result.path).name: result for result in grid}
         trials = [self._trial(name, result) for name, result in results.items()]
         lost = self._lost(results)
-        ranked = self._ranked(trials)
-        if not ranked:
+        ranking = self._ranked(trials)
+        if not ranking:
             spent = f": search.max_hours {self.config.max_hours:g} are spent" if self._out_of_hours else ""
             reasons = sorted({trial.error or f"no epoch finished{spent}" for trial in trials})
             raise UserError(f"none of {len(trials)} trials reported {self.config.metric}: {'; '.join(reasons)[:400]}")
-        best = ranked[0]
-        checkpoint = self._publish(best.trial_id)
-        kept = {trial.trial_id for trial in ranked[: self.config.keep_trials]}
-        for name in {trial.trial_id for trial in [*trials, *lost]} - kept:
-            delete_checkpoints(storage.join(self.out, STATE), self.folder, name)
         everything = [*trials, *lost]
+        left = ((trial, self._checkpoint(trial.trial_id)) for trial in ranking)
+        best, checkpoint = next(((trial, found) for trial, found in left if found is not None), (ranking[0], None))
         self._write_record(everything, best, warm_start)
-        info = json.loads(storage.read_bytes(storage.join(checkpoint, INFO)))
+        if checkpoint is None:
+            raise UserError(
+                f"{self.out}: no checkpoint of any trial is left, {SEARCH_FILE} has their values; search anew"
+            )
+        if best is not ranking[0]:
+            log.warning("trial %s was better than %s, but its checkpoints are gone", ranking[0].trial_id, best.trial_id)
+        place = publish(checkpoint, self.out)
+        kept = {best.trial_id, *(trial.trial_id for trial in ranking[: self.config.keep_trials])}
+        for name in {trial.trial_id for trial in everything} - kept:
+            delete_checkpoints(storage.join(self.out, STATE), self.folder, name)
+        info = json.loads(storage.read_bytes(storage.join(place, INFO)))
         text = f"# {self.config.metric} {best.value:.4f}: trial {best.trial_id} of {storage.name(self.out)}\n"
         storage.write_bytes(storage.join(self.out, RUN_FILE), (text + yaml.safe_dump(info["config"])).encode())
-        return SearchResult(everything, best, checkpoint)
+        return SearchResult(everything, best, place)
 
     def _write_record(self, trials: Sequence[Trial], best: Trial, warm_start: Mapping[str, Any]) -> None:
         record = {
@@ -190,29 +201,24 @@ class Conclusion:
 
     def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
         """What ended well and has a value, the best first."""
-        sign = 1.0 if self.config.mode == "max" else -1.0
-        valued = [trial for trial in trials if trial.value is not None and trial.status != "failed"]
-        return sorted(valued, key=lambda trial: sign * (trial.value or 0.0), reverse=True)
+        well = {trial.trial_id: trial for trial in trials if trial.status != "failed"}
+        return [well[name] for name in ranked({name: trial.value for name, trial in well.items()}, self.config)]
 
-    def _publish(self, name: str) -> str:
-        """Copies the best checkpoint of the best trial to best/: with several workers the best by train.metric."""
+    def _checkpoint(self, name: str) -> Checkpoint | None:
+        """The best checkpoint of a trial: with several workers the best by train.metric, which is then the same one."""
         if self.run.train.num_workers > 1:  # its checkpoints lie with Ray Train, in the trial's own folder
-            found = best_stored(storage.join(self.folder, name, STORAGE_NAME))
-            assert found is not None, "a trial with a value has stored an epoch"
-            return publish(found[0], self.out)
+            stored = best_stored(storage.join(self.folder, name, STORAGE_NAME))
+            return stored[0] if stored else None
         best = best_of(found_in(storage.join(self.out, STATE, name)), self.config)
-        if best is None:
-            raise UserError(f"{self.out}: the checkpoints of trial {name}, the best one, are gone; search anew")
-        return publish(best.checkpoint, self.out)
+        return best.checkpoint if best else None
 
 
 def pareto(trials: Sequence[Trial], config: SearchConfig) -> list[str]:
     """Ids of the trials that no other one beats in metric and cost, the cheapest first; empty for a single aim."""
     if config.searcher != "pareto":
         return []
-    sign = 1.0 if config.mode == "max" else -1.0
     return front(
-        (trial.cost, -sign * trial.value, trial.trial_id)
+        (trial.cost, -config.sign * trial.value, trial.trial_id)
         for trial in trials
         if trial.value is not None and trial.cost is not None and trial.status in ("finished", "stopped")
     )

@@ -23,6 +23,7 @@ from infra.settings import Settings, run_config
 from infra.tracking import tracking_uri
 
 if TYPE_CHECKING:
+    from tuning.config import SearchConfig
     from tuning.outcome import SearchResult
 
 Space = Annotated[
@@ -127,19 +128,19 @@ def tune(
 
     with progress("tune") as display:
         result = search(settings, found, data, out, tracking_uri(settings, out), display, resume, verbose)
-    show_trials(result, settings.search.metric, settings.search.mode)
+    show_trials(result, settings.search)
     say(f"best checkpoint: {result.best_checkpoint}")
     say(f"its settings, for train --config: {storage.join(out, RUN_FILE)}")
     say(f"what was found: {report(settings, fetch(result.best_checkpoint), data, out)}")
 
 
-def show_trials(result: "SearchResult", metric: str, mode: str) -> None:
+def show_trials(result: "SearchResult", config: "SearchConfig") -> None:
     """The trials with what they tried, the best one first."""
-    sign = -1.0 if mode == "max" else 1.0
-    ranked = sorted(result.trials, key=lambda trial: (trial.value is None, sign * (trial.value or 0.0)))
+    key = lambda trial: (trial.value is None, -config.sign * (trial.value or 0.0), trial.trial_id)  # noqa: E731
+    ranked = sorted(result.trials, key=key)
     table(
         f"{len(ranked)} trials, best first",
-        ["trial", "status", "epochs", metric, "settings"],
+        ["trial", "status", "epochs", config.metric, "settings"],
         [
             [trial.trial_id, trial.status, trial.epochs, _rounded(trial.value), _settings(trial.params)]
             for trial in ranked

@@ -55,7 +55,7 @@ class Found:
     def ranked(self) -> list[dict[str, Any]]:
         """Trials with a value that did not fail, the best first."""
         valued = [t for t in self.record["trials"] if t["value"] is not None and t["status"] != "failed"]
-        return sorted(valued, key=lambda trial: -self.sign * trial["value"])
+        return sorted(valued, key=lambda trial: (-self.sign * trial["value"], trial["trial_id"]))
 
     @cached_property
     def level(self) -> dict[str, float]:
