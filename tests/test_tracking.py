@@ -189,6 +189,10 @@ def test_a_pickled_tracker_is_the_same_one_in_its_process(uri: str) -> None:
     later = pickle.loads(state)
     assert later is not tracker
     assert (later.uri, later.experiment) == (uri, "test")
+    later.close()
+    elsewhere = Tracker(f"{uri}.new", "test")
+    assert pickle.loads(state) is elsewhere, "a search that is resumed with another server"
+    elsewhere.close()
 
 
 @pytest.mark.parametrize(

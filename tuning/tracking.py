@@ -54,8 +54,12 @@ _trackers: "WeakValueDictionary[tuple[str, str], Tracker]" = WeakValueDictionary
 
 
 def shared(uri: str, experiment: str) -> "Tracker":
-    """The process's open tracker of that address and experiment, else a new one."""
-    return _trackers.get((uri, experiment)) or Tracker(uri, experiment)
+    """The process's open tracker of that address and experiment, else another open one, else a new one.
+
+    A search may be resumed with another server than it began with: its callbacks come from Tune's state and name the
+    old one, but its parent run is on the new one.
+    """
+    return _trackers.get((uri, experiment)) or next(iter(_trackers.values()), None) or Tracker(uri, experiment)
 
 
 class TrackedRun:
