@@ -225,6 +225,15 @@ def test_other_addresses_are_refused(uri: str, tmp_path: Path) -> None:
         download(uri, default_uri(str(tmp_path)))
 
 
+def test_a_registry_of_many_models_knows_each_of_them(tmp_path: Path, checkpoint: Path) -> None:
+    store = f"sqlite:///{tmp_path}/many.db"
+    client = MlflowClient(tracking_uri=store)
+    for number in range(101):  # MLflow lists a hundred at a time
+        client.create_registered_model(f"model-{number:03d}")
+    version = register(checkpoint, "model-of-mine", store)
+    assert (download(version.uri, store) / "model.safetensors").exists()
+
+
 def test_names_and_folders_that_do_not_register(store: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="one word"):
         register(tmp_path, "a/b", store)

@@ -32,6 +32,10 @@ CHAMPION, PREVIOUS = "champion", "previous"
 METRIC_TAG, DIGEST_TAG = "metric.", "data.digest"
 URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@:]+))")
 NAME = re.compile(r"[^/:@\s]+")
+MISSING = "RESOURCE_DOES_NOT_EXIST"
+"""What MLflow calls a model or version that is not there."""
+NAMED = 10
+"""Models or versions that a message names at most."""
 
 
 class RegisteredVersion(NamedTuple):
@@ -227,17 +231,22 @@ def _aliased(client: MlflowClient, name: str, alias: str) -> Any:
 def version_of(client: MlflowClient, name: str, version: str) -> Any:
     """A version by number; UserError names those that exist."""
     _known(client, name)
-    versions = {str(item.version): item for item in client.search_model_versions(f"name = '{name}'")}
-    if version not in versions:
-        have = ", ".join(sorted(versions, key=int)) or "none"
-        raise MissingError(f"models:/{name}/{version}: no such version; {name} has {have}")
-    return client.get_model_version(name, version)
+    try:
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        if error.error_code != MISSING:
+            raise
+    have = sorted((item.version for item in client.search_model_versions(f"name = '{name}'", NAMED)), key=int)
+    raise MissingError(f"models:/{name}/{version}: no such version; {name} has {', '.join(map(str, have)) or 'none'}")
 
 
 def _known(client: MlflowClient, name: str) -> None:
-    """UserError, with the models that exist, unless `name` is registered."""
-    names = [model.name for model in client.search_registered_models()]
-    if name not in names:
-        raise MissingError(
-            f"no registered model {name!r}; there are: {', '.join(sorted(names)[:10]) or 'none'}; register one first"
-        )
+    """UserError, with some of the models that exist, unless `name` is registered."""
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != MISSING:
+            raise
+        names = sorted(model.name for model in client.search_registered_models(max_results=NAMED))
+        some = ", ".join(names) or "none"
+        raise MissingError(f"no registered model {name!r}; there are: {some}; register one first") from None
