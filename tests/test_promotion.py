@@ -143,3 +143,20 @@ def test_promotion_and_rollback(store: str, phantom_data: str, tmp_path: Path) -
 def test_training_on_other_data_is_told(store: str, phantom_data: str) -> None:
     verdict = promote("cxr", 3, store, gate=Gate(minimum=0.0, margin=0.9), data=phantom_data, config=FEW)
     assert "trained on another data set: version 3" in verdict.reason
+
+
+def test_a_champion_since_the_scoring_is_not_replaced_unseen(
+    store: str, phantom_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote("cxr", 1, store, gate=Gate(kind="none"))
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        MlflowClient(tracking_uri=store).set_registered_model_alias("cxr", "champion", "3")
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("tuning.promotion.evaluate", meanwhile)
+    before = tags(store, 2)
+    with pytest.raises(UserError, match="was version 1 when scoring began and is version 3 now"):
+        promote("cxr", 2, store, gate=Gate(minimum=0.0, margin=0.9), data=phantom_data, config=FEW)
+    assert aliases(store)["champion"] == "3"
+    assert tags(store, 2) == before

@@ -47,7 +47,8 @@ def promote(
         batch_size: images at a time.
 
     Raises:
-        UserError: no such model or version, no data to judge on, data that do not fit, or a registry that fails.
+        UserError: no such model or version, no data to judge on, data that do not fit, another champion since, or
+            a registry that fails.
     """
     client = client_of(tracking_uri)
     with explained(tracking_uri):
@@ -64,6 +65,8 @@ def promote(
         evidence = _evidence(new, champion, tracking_uri, score, read_card(data).digest)
         verdict, tags = gate.judge(evidence), _tags(evidence, gate)
     with explained(tracking_uri):
+        if verdict.decision is Decision.ACCEPT:
+            _require_still(client, name, champion)
         _record(client, new, {**tags, "gate.decision": verdict.decision.value, "gate.reason": verdict.reason})
         if verdict.decision is Decision.ACCEPT:
             _crown(client, new, champion)
@@ -146,6 +149,17 @@ def _tags(evidence: Evidence, gate: Gate) -> dict[str, str]:
 def _record(client: MlflowClient, version: Any, tags: Mapping[str, str]) -> None:
     for key, value in tags.items():
         client.set_model_version_tag(version.name, version.version, key, value)
+
+
+def _require_still(client: MlflowClient, name: str, champion: Any | None) -> None:
+    """Refuses to replace a champion that the version was not compared with, because another one was promoted since."""
+    now = holder_of(client, name, CHAMPION)
+    before, after = (None if version is None else str(version.version) for version in (champion, now))
+    if before != after:
+        raise UserError(
+            f"{name}: the champion was version {before or 'none'} when scoring began and is version {after or 'none'} "
+            f"now; promote again, against that one"
+        )
 
 
 def _crown(client: MlflowClient, new: Any, champion: Any | None) -> None:
