@@ -92,6 +92,7 @@ def test_a_search_without_its_tracking_server_ends_and_fills_no_disk(few_data: s
     client = MlflowClient(tracking_uri=uri)
     found = client.search_runs([client.get_experiment_by_name("mpc-cxr").experiment_id])
     children = [item for item in found if "mlflow.parentRunId" in item.data.tags]
+    assert {item.data.metrics["cost"] for item in children} == {trial.cost for trial in result.trials}
     assert {item.data.metrics["loss_sup"] for item in children} == {
         MetricsLog(str(out / "trials" / trial.trial_id)).read()[-1]["loss_sup"] for trial in result.trials
     }

@@ -1,4 +1,4 @@
-"""trial.json: what a trial tries, when it began and how it ended; beside its metrics.jsonl, readable without Tune."""
+"""trial.json: what a trial tries, when it began, how it ended, what it cost; readable without Tune."""
 
 import json
 import time
@@ -12,6 +12,7 @@ from pipeline import storage
 from tuning.follow import ended_how, name_of, settings_of
 from tuning.interruption import interrupted
 from tuning.keeping import surviving
+from tuning.searchers import COST
 
 FILE = "trial.json"
 
@@ -30,7 +31,7 @@ class Journal(Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial begins, or goes on."""
         with surviving(f"{FILE} of trial {name_of(trial)}"):
-            if not read(self.trials, name_of(trial)):
+            if not read(self._folder(trial)):
                 self._write(trial, {"settings": settings_of(trial), "started": time.time()})
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -47,24 +48,28 @@ class Journal(Callback):  # type: ignore[misc]
             return
         for trial in trials:
             with surviving(f"{FILE} of trial {name_of(trial)}"):
-                note = read(self.trials, name_of(trial))
+                note = read(self._folder(trial))
                 if note and "ended" not in note:
                     self._end(trial, ended_how(trial, self.epochs))
 
     def _end(self, trial: Trial, status: str) -> None:
         with surviving(f"{FILE} of trial {name_of(trial)}"):
-            known = read(self.trials, name_of(trial)) or {"settings": settings_of(trial)}
-            self._write(trial, {**known, "ended": time.time(), "status": status})
+            known = read(self._folder(trial)) or {"settings": settings_of(trial)}
+            cost = (trial.last_result or {}).get(COST)
+            self._write(trial, {**known, "ended": time.time(), "status": status, COST: cost})
 
     def _write(self, trial: Trial, note: dict[str, Any]) -> None:
-        uri = storage.join(self.trials, name_of(trial), FILE)
+        uri = storage.join(self._folder(trial), FILE)
         storage.write_bytes(uri, json.dumps(note, indent=1, default=str).encode())
 
+    def _folder(self, trial: Trial) -> str:
+        return storage.join(self.trials, name_of(trial))
 
-def read(trials: str, name: str) -> dict[str, Any]:
-    """The file of a trial; empty where there is none."""
+
+def read(folder: str) -> dict[str, Any]:
+    """The file in a trial's folder; empty where there is none."""
     try:
-        note: dict[str, Any] = json.loads(storage.read_bytes(storage.join(trials, name, FILE)))
+        note: dict[str, Any] = json.loads(storage.read_bytes(storage.join(folder, FILE)))
     except MissingError:
         return {}
     return note

@@ -154,7 +154,8 @@ class Conclusion:
         return limit is not None and budget.spent(storage.join(self.out, budget.FILE)) >= limit
 
     def _trial(self, name: str, result: tune.Result) -> Trial:
-        history, note = MetricsLog(storage.join(self.folder, name)).read(), journal.read(self.folder, name)
+        folder = storage.join(self.folder, name)
+        history, note = MetricsLog(folder).read(), journal.read(folder)
         legs = self._legs(name)
         config = result.config or note.get("settings", {})  # Tune has none of a trial that never reported
         params = dict(config.get(CELL, config))
@@ -184,8 +185,8 @@ class Conclusion:
         error = "killed with the driver before the search had noted it; another trial took its place"
         lost = []
         for name in sorted(found - known.keys()):
-            history = MetricsLog(storage.join(self.folder, name)).read()
-            settings = journal.read(self.folder, name).get("settings", {})
+            folder = storage.join(self.folder, name)
+            history, settings = MetricsLog(folder).read(), journal.read(folder).get("settings", {})
             lost.append(Trial(name, "lost", settings, len(history), best_value(history, self.config), error))
         return lost
 

@@ -5,8 +5,10 @@ from typing import NamedTuple
 from mpc.errors import MissingError, UserError
 from pipeline import storage
 from pipeline.record import MetricsLog
+from tuning import journal
 from tuning.listeners import RECORD, log_data, read_record
 from tuning.record import RunRecord, Status, epoch_metrics
+from tuning.searchers import COST
 from tuning.tracking import TrackedRun, Tracker
 
 
@@ -43,9 +45,13 @@ def sync(folder: str, tracking_uri: str) -> SyncSummary:
         log_data(tracker, run)
         if record.config:
             tracker.log_config(run, record.config)
-        for line in MetricsLog(place).read():
+        lines = MetricsLog(place).read()
+        for line in lines:
             tracker.log_epoch(run, epoch_metrics(line), int(line["epoch"]))
-            epochs += 1
+        epochs += len(lines)
+        cost = journal.read(place).get(COST)  # reckoned over a trial, it is in no epoch's line
+        if lines and cost is not None:
+            tracker.log_epoch(run, {COST: cost}, int(lines[-1]["epoch"]))
         if record.status is not Status.RUNNING:
             tracker.end_run(run, record.status)
     left = sum(tracker.close() for tracker in trackers.values())
