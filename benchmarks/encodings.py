@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -100,9 +101,8 @@ def times(images: list[Image], files: dict[str, bytes], side: int) -> dict[str, 
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ENCODINGS}
     for _ in range(ROUNDS):
         for name, encoding in ENCODINGS.items():
-            write = milliseconds(lambda encoding=encoding: written(images, encoding), len(images))
-            file = files[name]
-            back = milliseconds(lambda encoding=encoding, file=file: read(file, encoding, side), len(images))
+            write = milliseconds(partial(written, images, encoding), len(images))
+            back = milliseconds(partial(read, files[name], encoding, side), len(images))
             measured[name].append((write, back))
     return measured
 

@@ -49,7 +49,7 @@ def measure(root: str) -> Measured:
     peak.start()
     found = survey(PrepareConfig(source="nih"), root)
     seconds = time.perf_counter() - start
-    images = {name: counts.images for name, counts in found.counts.items()}
+    images: dict[str, int] = {name: counts.images for name, counts in found.counts.items()}
     return Measured(images, len(set(found.manifest["patient_id"].to_pylist())), seconds, peak.end())
 
 

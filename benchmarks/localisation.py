@@ -57,7 +57,7 @@ def draw(images: int, seed: int, size: int) -> Drawn:
 def maps_of(saliency: Saliency, drawn: Drawn, findings: tuple[str, ...]) -> Maps:
     """(image, finding) -> signed map, for every finding that is there."""
     wanted = [(n, k) for n, signs in enumerate(drawn.signs) for k, name in enumerate(findings) if name in signs]
-    found = {}
+    found: Maps = {}
     for start in range(0, len(wanted), 64):
         part = wanted[start : start + 64]
         maps = saliency.maps(drawn.images[[n for n, _ in part]], [k for _, k in part])
@@ -181,7 +181,7 @@ def main() -> None:
     size = load_model(arguments.checkpoint).info.image_size
     drawn = draw(arguments.images, arguments.seed, size)
     found, findings, sanity = rows_of(arguments.checkpoint, drawn, arguments.rivals)
-    resamples = Resamples.draw(drawn.patients)
+    resamples = Resamples.draw(np.array(drawn.patients))
     print(f"{arguments.images} synthetic radiographs of {size} px, seed {arguments.seed}; {sanity}")
     print(f"{'map':50}{'hit':>24}{'inside':>24}")
     for name, row in found.items():

@@ -63,7 +63,7 @@ def lateral(rng: np.random.Generator) -> Images:
         canvas = np.zeros((SIDE, SIDE), np.float32)
         place, size = (tuple(int(SIDE * value) for value in pair) for pair in (centre, axes))
         cv2.ellipse(canvas, place, size, turn, 0, 360, 1.0, -1)
-        return cv2.GaussianBlur(canvas, (0, 0), SIDE * 0.012)
+        return np.asarray(cv2.GaussianBlur(canvas, (0, 0), SIDE * 0.012), np.float32)
 
     def shake(spread: float) -> float:
         return float(rng.normal(0, spread))
@@ -76,7 +76,7 @@ def lateral(rng: np.random.Generator) -> Images:
         picture += 0.28 * blob((0.74 + 0.04 * np.sin(step / 3) + shake(0.003), 0.05 + 0.085 * step), (0.045, 0.03), 10)
     picture += 0.35 * blob((0.5, 0.95 + shake(0.03)), (0.45, 0.20))  # below the diaphragm
     picture += rng.normal(0, 0.015, picture.shape)
-    return np.clip(picture * 255, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(picture * 255, 0, 255), np.uint8)
 
 
 def kinds(known: list[Images], number: int, real: Path | None) -> Iterator[tuple[str, list[bytes]]]:

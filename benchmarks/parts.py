@@ -30,10 +30,15 @@ def parts_of(case: Case, repeats: int) -> dict[str, float]:
     torch.autograd.backward(loss)
     parameters = [p for group in loop.optimizer.param_groups for p in group["params"]]
     theirs = ModelEmaV3(loop.model, decay=0.999)
+
+    def watched() -> None:
+        loop.watch.add(loss, 0)
+        loop.watch.look()
+
     parts: dict[str, Callable[[], Any]] = {
         "one copy of the batch": lambda: transfer(arrays),
         "seed": lambda: torch.manual_seed(loop._seed()),
-        "watch for NaN": lambda: (loop.watch.add(loss, 0), loop.watch.look()),
+        "watch for NaN": watched,
         "clipping": lambda: nn.utils.clip_grad_norm_(parameters, 5.0),
         "average": lambda: loop.ema.update(loop.model, step=1),
         "schedule": loop.schedule.step,

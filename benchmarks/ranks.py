@@ -22,8 +22,8 @@ def images_per_second(case: Case, count: int, together: bool) -> float:
         together: as workers that add up their gradients.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, args=(case, count, together, folder), nprocs=count)
-        return sum(1e3 * case.batch / json.loads(file.read_text()) for file in Path(folder).glob("*.json"))
+        mp.spawn(train, (case, count, together, folder), nprocs=count)  # type: ignore[attr-defined, no-untyped-call]
+        return sum(1e3 * case.batch / float(json.loads(file.read_text())) for file in Path(folder).glob("*.json"))
 
 
 def train(rank: int, case: Case, count: int, together: bool, folder: str) -> None:

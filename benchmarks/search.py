@@ -142,7 +142,7 @@ class Seconds(NamedTuple):
 
 def within_epochs(out: str) -> float:
     """Seconds, by the records that trials leave."""
-    return sum(line["seconds"] for file in Path(out).rglob("metrics.jsonl") for line in read_lines(str(file)))
+    return sum(float(line["seconds"]) for file in Path(out).rglob("metrics.jsonl") for line in read_lines(str(file)))
 
 
 def by_hand(data: str, out: str, epochs: int, trials: int) -> Seconds:
@@ -172,7 +172,9 @@ def epochs_of_a_minute(folder: Path, data: str) -> int:
 def overhead(folder: Path, trials: int, rounds: int) -> None:
     """Both ways, every other round in the other order; every round is kept as soon as it is done."""
     data, kept = synthetic(folder, 3000, 64), folder / "rounds.json"
-    done = json.loads(kept.read_text()) if kept.exists() else {"epochs": epochs_of_a_minute(folder, data), "rounds": []}
+    done: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"rounds": []}
+    if "epochs" not in done:
+        done["epochs"] = epochs_of_a_minute(folder, data)
     for number in range(len(done["rounds"]), rounds):
         place = str(folder / f"round-{number}-{time.time():.0f}")
         ways: list[tuple[str, Callable[..., Seconds]]] = [("hand", by_hand), ("search", by_search)]
@@ -268,7 +270,7 @@ def replay(params: dict[str, Any], *, values: list[list[float]]) -> None:
         tune.report({"epoch": epoch, METRIC: value})
 
 
-class Count(tune.Callback):
+class Count(tune.Callback):  # type: ignore[misc]
     """Every epoch that is reported, in order."""
 
     def __init__(self) -> None:

@@ -171,7 +171,7 @@ def card_of(side: int) -> DatasetCard:
     )
 
 
-def run_of(case: Case, terms: str, world_size: int = 1, **sections: dict[str, Any]) -> RunConfig:
+def run_of(case: Case, terms: str, world_size: int = 1, /, **sections: dict[str, Any]) -> RunConfig:
     """A run of MPC with some of its terms, from the first step on with their full weight."""
     ipc, fpc, btc = TERMS[terms]
     weights = {"lambda_ipc": ipc, "lambda_fpc": fpc, "lambda_btc": btc, "warmup_epochs": 0, "ramp_epochs": 0}
@@ -210,7 +210,7 @@ def by_hand(case: Case, watch: Stopwatch, *, whole: bool, source: Iterator[Any] 
     average = ModelEmaV3(model, decay=0.999) if whole else None
     for step, batch in enumerate(watch.timed(source or same), start=1):
         images, observed = (tensor.to(device, non_blocking=True) for tensor in batch)
-        scaler.scale(loss_of(model, images, observed, AMP_DTYPES.get(case.amp))).backward()
+        torch.autograd.backward(scaler.scale(loss_of(model, images, observed, AMP_DTYPES.get(case.amp))))
         if average is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

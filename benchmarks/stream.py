@@ -91,6 +91,7 @@ class OfShards(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker, card, views = get_worker_info(), read_card(self.case.data), augmenter(self.case)
         groups = [(s.path, g) for s in card.shards_of("train") for g in range(len(s.row_groups))]
+        assert worker is not None, "workers of a DataLoader share the row groups"
         generator, held = np.random.default_rng(worker.id), []
         for number in generator.permutation(len(groups[worker.id :: worker.num_workers])):
             path, group = groups[worker.id :: worker.num_workers][number]
@@ -107,14 +108,17 @@ class OfFiles(Dataset[Any]):
     """One JPEG file an image, as most projects train."""
 
     def __init__(self, case: Case) -> None:
-        self.files, self.case, self.views = sorted(Path(case.jpeg).iterdir()), case, None
+        self.files, self.case = sorted(Path(case.jpeg).iterdir()), case
+        self.views: Callable[[NDArray[np.uint8], int], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, number: int) -> Any:
         self.views = self.views or augmenter(self.case)
-        return self.views(cv2.imread(str(self.files[number]), cv2.IMREAD_GRAYSCALE), number), [0] * 14
+        image = cv2.imread(str(self.files[number]), cv2.IMREAD_GRAYSCALE)
+        assert image is not None, f"{self.files[number]} is an image"
+        return self.views(image, number), [0] * 14
 
 
 def stacked(held: list[Any]) -> tuple[torch.Tensor, ...]:

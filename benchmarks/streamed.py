@@ -1,7 +1,7 @@
 """Training on a data set that is read and augmented meanwhile: our loop, and one written by hand with a DataLoader."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ def by_processes(case: Case, watch: Stopwatch, terms: str) -> None:
     ours(case, watch, terms, data={"tasks": PROCESSES, "backend": "torch"})
 
 
-STREAMED = {
+STREAMED: dict[str, Callable[[Case, Stopwatch], None]] = {
     "AN, by hand, DataLoader": by_loader,
     "AN, data.backend=torch": partial(by_processes, terms="AN"),
     "AN, data.backend=ray": partial(by_ray, terms="AN"),
