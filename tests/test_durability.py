@@ -135,7 +135,8 @@ def test_a_bucket_that_is_away_for_a_while_costs_no_trial(
 ) -> None:
     proxy = Proxy(s3_server)
     out = f"{bucket}/search?endpoint_override={proxy.endpoint}"
-    config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=2, max_concurrent=1)
+    asha = {"scheduler": "asha", "grace_epochs": 1, "reduction_factor": 2, "seed": GOOD_THEN_BAD}
+    config = SearchConfig(**LOSS, **asha, searcher="random", max_trials=2, max_concurrent=1)
     try:
         searching = searches.start(few_data, out, run(max_failures=0), config, write_space(tmp_path, GOOD_OR_BAD))
         searches.wait_for(lambda: storage.list_files(bucket, ["metrics.jsonl"]), searching)
@@ -146,7 +147,7 @@ def test_a_bucket_that_is_away_for_a_while_costs_no_trial(
     finally:
         proxy.close()
     record = json.loads(storage.read_bytes(f"{bucket}/search/search.json"))
-    assert [(trial["status"], trial["epochs"]) for trial in record["trials"]] == [("finished", 3)] * 2
+    assert [(trial["status"], trial["epochs"]) for trial in record["trials"]] == [("finished", 3), ("stopped", 1)]
 
 
 LOSE_A_NODE = """

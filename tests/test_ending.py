@@ -1,4 +1,4 @@
-"""How a search ends before its trials do, by Ctrl-C or with its hours, and what every record then says of them."""
+"""How a search ends: by Ctrl-C, with its hours, after its server was away; and what every record then says of it."""
 
 import json
 import shutil
@@ -10,9 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import free_port
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from proxy import Proxy, drop
 from searches import epochs_of, write_space
+from servers import mlflow_running
 
 from infra.console import PlainDisplay
 from infra.searching import search
@@ -175,3 +178,43 @@ def test_checkpoints_that_are_gone_cost_no_record(
     record = json.loads((out / "search.json").read_text())
     assert record["best"] == first
     assert [trial["status"] for trial in record["trials"]] == ["finished", "finished"]
+
+
+class Outage(PlainDisplay):
+    """A display that takes a server away with the end of the first trial, and gives it back with that of the second."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        super().__init__("trials")
+        self.proxy, self.ended, self.met = proxy, 0, 0
+
+    def line(self, text: str) -> None:
+        self.ended += 1
+        self.met = max(self.met, len(self.proxy.met))
+        self.proxy.fail(*[drop] * (10_000 if self.ended == 1 else 0))
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_in_mid_search_has_all_of_it_at_the_end(
+    few_data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    address, out = f"http://127.0.0.1:{free_port()}", tmp_path / "search"
+    arguments = ["server", "--host", "127.0.0.1", "--port", address.rpartition(":")[2], "--workers", "1"]
+    arguments += ["--backend-store-uri", f"sqlite:///{tmp_path}/db", "--artifacts-destination", str(tmp_path / "kept")]
+    proxy = Proxy(address)
+    display, settings = Outage(proxy), Settings.model_validate(SETTINGS)
+    with mlflow_running(arguments, f"{address}/health", tmp_path):
+        result = search(settings, SPACE, few_data, str(out), proxy.endpoint, display)
+        runs = runs_of(address)
+        client = MlflowClient(tracking_uri=address)
+        for trial in result.trials:
+            run = runs[trial.trial_id]
+            lines = read_lines(f"{out}/trials/{trial.trial_id}/metrics.jsonl")
+            history = client.get_metric_history(run.info.run_id, "loss_sup")
+            assert [(item.step, item.value) for item in history] == [
+                (line["epoch"], line["loss_sup"]) for line in lines
+            ]
+            assert run.data.tags["mlflow.parentRunId"] == runs["search"].info.run_id
+    proxy.close()
+    assert display.met, "the server was asked while it was away"
+    assert [run.info.status for run in runs.values()] == ["FINISHED"] * 4
+    assert "did not take" not in caplog.text
