@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from pipeline.setup import make_optimizer, relative_rate
 from pipeline.single_positive import draw
 from pipeline.sources import phantom
 
-SIZE, PROFILE = 32, "dense"
+SIZE = 32
+PROFILE: Literal["dense"] = "dense"
 IMAGES = {"train": 1000, "val": 1000, "test": 1000}
 
 BASE: dict[str, Any] = {
@@ -87,7 +88,7 @@ def drawn(index: int) -> RunConfig:
     """Configuration number `index`: methods take turns, everything else is drawn."""
     generator = np.random.default_rng(index)
     tree: dict[str, Any] = {section: dict(values) for section, values in BASE.items()}
-    varied = {
+    varied: dict[str, Any] = {
         "optim": {"lr": float(10 ** generator.uniform(-3.5, -2))},
         "loss": {f"lambda_{name}": float(generator.uniform(0, 1)) for name in ("ipc", "fpc", "btc")},
         "views": {
@@ -138,7 +139,7 @@ def train(run: RunConfig, data: Drawn) -> Classifier:
 @torch.inference_mode()
 def logits_of(model: Classifier, images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Logits [N, K]."""
-    parts = [model(part[:, None]).numpy() for part in torch.from_numpy(images).split(250)]
+    parts = [model(part[:, None]).numpy() for part in torch.split(torch.from_numpy(images), 250)]
     return np.concatenate(parts)
 
 
@@ -153,7 +154,7 @@ def scores_of(out: Path, seed: int, configs: int) -> dict[str, NDArray[np.float3
             model = train(run, data["train"])
             logits = {split: logits_of(model, data[split].images) for split in found}
             with place.with_suffix(".part").open("wb") as file:
-                np.savez(file, config=json.dumps(run.model_dump(mode="json")), **logits)
+                np.savez(file, config=json.dumps(run.model_dump(mode="json")), val=logits["val"], test=logits["test"])
             place.with_suffix(".part").rename(place)
         with np.load(place) as kept:
             for split, values in found.items():
@@ -194,7 +195,8 @@ def recall(logits: NDArray[Any], shown: NDArray[Any], k: int) -> float:
     return float(np.take_along_axis(shown, highest, 1).any(1).mean())
 
 
-RULES: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
+Rules = dict[str, Callable[[NDArray[Any], NDArray[Any]], float]]
+RULES: Rules = {
     "observed AUROC (ours)": observed_auroc,
     "observed mAP": observed_ap,
     "AN loss": an_loss,
@@ -210,12 +212,16 @@ def tau(ranked: NDArray[Any], truth: NDArray[Any]) -> float:
 
 
 def with_interval(ranked: NDArray[Any], truth: NDArray[Any], resamples: int = 500) -> str:
-    """Tau, its interval over resampled configurations, and how much worse than the best configuration the first is."""
+    """Tau and its interval over resampled configurations."""
     ranked, generator = np.atleast_2d(ranked), np.random.default_rng(0)
     picks = generator.integers(0, len(truth), (resamples, len(truth)))
     low, high = np.quantile([tau(ranked[:, pick], truth[pick]) for pick in picks], [0.025, 0.975])
-    regret = float(np.mean([truth.max() - truth[one.argmax()] for one in ranked]))
-    return f"{tau(ranked, truth):6.3f} [{low:6.3f}, {high:6.3f}]{regret:9.4f}"
+    return f"{tau(ranked, truth):6.3f} [{low:6.3f}, {high:6.3f}]"
+
+
+def regret(ranked: NDArray[Any], truth: NDArray[Any]) -> float:
+    """How much worse than the best configuration the first-ranked one is, as a mean over draws."""
+    return float(np.mean([truth.max() - truth[one.argmax()] for one in np.atleast_2d(ranked)]))
 
 
 def report(seed: int, logits: dict[str, NDArray[np.float32]], draws: int) -> None:
@@ -225,37 +231,62 @@ def report(seed: int, logits: dict[str, NDArray[np.float32]], draws: int) -> Non
     rows = shown[0].any(1)
     truth = np.array([macro_auroc(one, test.labels) for one in logits["test"]])
     kappa = float(val.labels[rows].sum(1).mean())
-    rules = {**RULES, f"ours, kappa {kappa:.2f} told": partial(observed_auroc, kappa=kappa)}
+    rules: Rules = {**RULES, f"ours, kappa {kappa:.2f} told": partial(observed_auroc, kappa=kappa)}
     print(
         f"\ndata set {seed}: {len(truth)} configurations, true macro AUROC {truth.min():.3f} to {truth.max():.3f} "
         f"(median {np.median(truth):.3f}); {rows.sum()} validation images show a finding, {draws} draws"
     )
     print(f"{'ranked by':26}{'tau-b with interval':>23}{'regret':>9}")
     full = np.array([macro_auroc(one, val.labels) for one in logits["val"]])
-    print(f"{'all labels (the limit)':26}{with_interval(full, truth)}")
+    print(f"{'all labels (the limit)':26}{with_interval(full, truth)}{regret(full, truth):9.4f}")
     for name, rule in rules.items():
         ranked = np.array([[rule(one[rows], seen[rows]) for one in logits["val"]] for seen in shown])
-        print(f"{name:26}{with_interval(ranked, truth)}")
+        print(f"{name:26}{with_interval(ranked, truth)}{regret(ranked, truth):9.4f}")
     show_findings(logits["val"], val, [seen[rows] for seen in shown], kappa)
 
 
 def show_findings(logits: NDArray[np.float32], val: Drawn, shown: list[NDArray[np.int8]], kappa: float) -> None:
-    """Within findings: how the estimate ranks, and by how much it misses the true AUROC of the same images."""
-    rows, names = val.labels.any(1), list(map(str, range(val.labels.shape[1])))
+    """Within findings: how rules rank, and by how much the estimate misses the true AUROC of the same images."""
+    rows, names = val.labels.any(1), list(phantom.FINDINGS)
+    seen_by_all = logits[:, rows]
     known = np.ones_like(val.labels[rows], bool)
-    true = np.array([_findings(score(one[rows], val.labels[rows], known, names)) for one in logits])
-    raw, told = (
-        np.array([[_findings(observed_score(one[rows], seen, names, kappa=k)) for one in logits] for seen in shown])
-        for k in (None, kappa)
-    )
-    taus = [tau(raw[:, :, k], true[:, k]) for k in range(len(names))]
-    findings = val.labels[rows].sum(1)
-    print(f"tau within a finding, same images: median {np.median(taus):.3f}, {min(taus):.3f} to {max(taus):.3f}")
+    true = np.array([_findings(score(one, val.labels[rows], known, names)) for one in seen_by_all])
+
+    def estimate(seen: NDArray[Any], one: NDArray[Any], kappa: float | None = None) -> list[float]:
+        return _findings(observed_score(one, seen, names, kappa=kappa))
+
+    raw, told = (_each(seen_by_all, shown, partial(estimate, kappa=k)) for k in (None, kappa))
+    rules = {
+        "observed AUROC (ours)": raw,
+        "observed AP": _each(seen_by_all, shown, partial(average_precision_score, average=None)),
+        "AN loss": _each(seen_by_all, shown, _an_losses),
+    }
+    print(f"{'within a finding':28}{'images that show it':>20}" + "".join(f"{name:>25}" for name in rules))
+    for k, name in enumerate(names):
+        intervals = "".join(f"{with_interval(values[:, :, k], true[:, k]):>25}" for values in rules.values())
+        print(f"{name:28}{np.mean([seen[:, k].sum() for seen in shown]):20.0f}{intervals}")
+    for name, values in rules.items():
+        taus = [tau(values[:, :, k], true[:, k]) for k in range(len(names))]
+        print(f"{name}: median {np.median(taus):.3f}, {min(taus):.3f} to {max(taus):.3f}")
     print(f"estimate minus truth: {(raw - true).mean():+.3f} as it is, {(told - true).mean():+.3f} with kappa")
+    carried = val.labels[rows].sum(1)
     print(
-        f"mean findings of the image behind an observed positive {findings.mean():.2f}, "
-        f"behind any positive {(findings**2).sum() / findings.sum():.2f}"
+        f"mean findings of the image behind an observed positive {carried.mean():.2f}, "
+        f"behind any positive {(carried**2).sum() / carried.sum():.2f}"
     )
+
+
+def _each(
+    logits: NDArray[np.float32], shown: list[NDArray[np.int8]], rule: Callable[[NDArray[Any], NDArray[Any]], Any]
+) -> NDArray[Any]:
+    """A rule of labels and logits that answers for each finding: [draws, configurations, K]."""
+    return np.array([[rule(seen, one) for one in logits] for seen in shown])
+
+
+def _an_losses(shown: NDArray[Any], logits: NDArray[Any]) -> NDArray[Any]:
+    """`an_loss` of each finding alone."""
+    losses: NDArray[Any] = (shown * log_expit(logits) + (1 - shown) * log_expit(-logits)).mean(0)
+    return losses
 
 
 def _findings(scored: dict[str, Any]) -> list[float]:
