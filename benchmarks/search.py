@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import optuna
 import torch
-from processes import alone
+from processes import alone, cpu_seconds
 from ray import tune
 from ray.tune.search import BasicVariantGenerator
 from scipy.stats import spearmanr
@@ -138,6 +138,10 @@ class Seconds(NamedTuple):
     all: float
     epochs: float
     """Within the epochs of the trials, where both ways do the same but for what Tune's process takes beside them."""
+    cpu: float
+    """CPU seconds of all processes, Ray's own among them."""
+    beside: float = 0.0
+    """CPUs that Tune's own process used while trials trained."""
 
 
 def within_epochs(out: str) -> float:
@@ -145,21 +149,46 @@ def within_epochs(out: str) -> float:
     return sum(float(line["seconds"]) for file in Path(out).rglob("metrics.jsonl") for line in read_lines(str(file)))
 
 
+class Watch:
+    """A listener that notes what the search's own process has used at every epoch."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+
+    def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None:
+        """Nothing to note."""
+
+    def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None:
+        """CPU seconds and seconds so far."""
+        self.marks.append((time.process_time(), time.perf_counter()))
+
+    def on_trial_end(self, trial_id: str, status: str) -> None:
+        """Nothing to note."""
+
+    @property
+    def share(self) -> float:
+        """CPUs that the process used from the first epoch's end to the last one's."""
+        (cpu, began), (used, ended) = self.marks[0], self.marks[-1]
+        return (used - cpu) / (ended - began)
+
+
 def by_hand(data: str, out: str, epochs: int, trials: int) -> Seconds:
     """The trials one after the other."""
-    started, began = timed_start(), time.perf_counter()
+    started, began, used = timed_start(), time.perf_counter(), cpu_seconds()
     for number, settings in enumerate(rates(trials).grid()):
         run = apply(long_run(epochs), settings, "by hand")
         Loop(run, data, read_card(data), Here(Path(out) / str(number))).fit()
-    return Seconds(started, time.perf_counter() - began, within_epochs(out))
+    return Seconds(started, time.perf_counter() - began, within_epochs(out), cpu_seconds() - used)
 
 
 def by_search(data: str, out: str, epochs: int, trials: int) -> Seconds:
     """The same as a search."""
-    started, began = timed_start(), time.perf_counter()
+    started, began, used = timed_start(), time.perf_counter(), cpu_seconds()
     config = SearchConfig(searcher="grid", scheduler="none", max_trials=trials, max_concurrent=1, cpus_for_data=0.5)
-    search(long_run(epochs), config, rates(trials), data, out)
-    return Seconds(started, time.perf_counter() - began, within_epochs(out))
+    watch = Watch()
+    search(long_run(epochs), config, rates(trials), data, out, listeners=[watch])
+    whole = time.perf_counter() - began
+    return Seconds(started, whole, within_epochs(out), cpu_seconds() - used, watch.share)
 
 
 def epochs_of_a_minute(folder: Path, data: str) -> int:
@@ -184,15 +213,23 @@ def overhead(folder: Path, trials: int, rounds: int) -> None:
         done["rounds"].append(found)
         kept.write_text(json.dumps(done))
     print(f"{trials} trials of {done['epochs']} epochs, one at a time, {len(done['rounds'])} rounds")
-    whole, around = [], []
-    for found in done["rounds"]:
-        hand, searched = Seconds(*found["hand"]), Seconds(*found["search"])
-        for name, way in (("hand", hand), ("search", searched)):
-            print(f"{name:8}{way.all:8.1f} s, {way.epochs:8.1f} s of it in epochs; ray.init {way.start:.1f} s besides")
-        whole.append(searched.all / hand.all - 1)
-        around.append((searched.all - searched.epochs - hand.all + hand.epochs) / hand.all)
-    print(f"overhead of the search: {statistics.median(whole):+.1%} (median; limit 5 %)")
-    print(f"of that before, between and after epochs: {statistics.median(around):+.1%}")
+    pairs = [(Seconds(*found["hand"]), Seconds(*found["search"])) for found in done["rounds"]]
+    for pair in pairs:
+        for name, way in zip(("hand", "search"), pair, strict=True):
+            print(
+                f"{name:8}{way.all:8.1f} s, {way.epochs:8.1f} s of it in epochs; {way.cpu:8.1f} CPU seconds; "
+                f"ray.init {way.start:.1f} s besides"
+            )
+    shown("overhead of the search (limit 5 %)", [b.all / a.all - 1 for a, b in pairs])
+    shown("before, between and after epochs", [(b.all - b.epochs - a.all + a.epochs) / a.all for a, b in pairs])
+    shown("within epochs", [b.epochs / a.epochs - 1 for a, b in pairs])
+    shown("in CPU seconds", [b.cpu / a.cpu - 1 for a, b in pairs])
+    shown("of a CPU, by Tune's own process while trials train", [b.beside for _, b in pairs])
+
+
+def shown(what: str, shares: list[float]) -> None:
+    """One line over the rounds."""
+    print(f"{what}: {statistics.median(shares):+.1%} (median; {min(shares):+.1%} to {max(shares):+.1%})")
 
 
 # learning curves, and ASHA over them
