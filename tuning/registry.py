@@ -35,7 +35,7 @@ NAME = re.compile(r"[^/:@\s]+")
 MISSING = "RESOURCE_DOES_NOT_EXIST"
 """What MLflow calls a model or version that is not there."""
 NAMED = 10
-"""Models or versions that a message names at most."""
+"""Models that a message names at most."""
 
 
 class RegisteredVersion(NamedTuple):
@@ -236,7 +236,7 @@ def version_of(client: MlflowClient, name: str, version: str) -> Any:
     except MlflowException as error:
         if error.error_code != MISSING:
             raise
-    have = sorted((item.version for item in client.search_model_versions(f"name = '{name}'", NAMED)), key=int)
+    have = sorted((item.version for item in client.search_model_versions(f"name = '{name}'")), key=int)
     raise MissingError(f"models:/{name}/{version}: no such version; {name} has {', '.join(map(str, have)) or 'none'}")
 
 
