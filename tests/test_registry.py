@@ -24,7 +24,7 @@ from pipeline.inference import load_model, pack, version_of
 from tuning.gate import Gate
 from tuning.lineage import lineage_of
 from tuning.model_card import LONGEST
-from tuning.promotion import promote
+from tuning.promotion import promote, rollback
 from tuning.record import RunRecord, Status
 from tuning.registry import RegisteredVersion, download, register
 from tuning.store import default_uri
@@ -223,6 +223,18 @@ def test_what_is_not_there_is_named_with_what_is(
 def test_other_addresses_are_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="models:/NAME@champion"):
         download(uri, default_uri(str(tmp_path)))
+
+
+def test_looking_something_up_makes_no_database(elsewhere: Path) -> None:
+    store = default_uri(str(elsewhere / "out"))
+    for look in (
+        lambda: download("models:/m@champion", store),
+        lambda: promote("m", 1, store, gate=Gate(kind="none")),
+        lambda: rollback("m", store),
+    ):
+        with pytest.raises(MissingError, match=r"no MLflow store at sqlite:///.*out/mlflow\.db; name it with --set"):
+            look()
+    assert not list(elsewhere.iterdir()), "an --out that holds a database is no longer free"
 
 
 def test_a_registry_of_many_models_knows_each_of_them(tmp_path: Path, checkpoint: Path) -> None:

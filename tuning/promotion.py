@@ -14,7 +14,7 @@ from pipeline.config import EvaluateConfig
 from pipeline.evaluate import evaluate
 from tuning.gate import Decision, Evidence, Gate, Verdict
 from tuning.registry import CHAMPION, DIGEST_TAG, PREVIOUS, download, explained, holder_of, uri_of, version_of
-from tuning.store import client_of
+from tuning.store import existing_client
 
 REPLACED_TAG = "champion.replaced"
 """Version that was champion before this one: rollback walks back along it."""
@@ -50,7 +50,7 @@ def promote(
         UserError: no such model or version, no data to judge on, data that do not fit, another champion since, or
             a registry that fails.
     """
-    client = client_of(tracking_uri)
+    client = existing_client(tracking_uri)
     with explained(tracking_uri):
         new = version_of(client, name, str(version))
         champion = holder_of(client, name, CHAMPION)
@@ -82,7 +82,7 @@ def rollback(name: str, tracking_uri: str) -> tuple[str, str]:
     Raises:
         UserError: no such model, nothing to go back to, or a registry that fails.
     """
-    client = client_of(tracking_uri)
+    client = existing_client(tracking_uri)
     with explained(tracking_uri):
         old, back = (holder_of(client, name, alias) for alias in (CHAMPION, PREVIOUS))
         if old is None or back is None or old.version == back.version:

@@ -23,7 +23,7 @@ from tuning.model_card import FILE as CARD_FILE
 from tuning.model_card import description, model_card
 from tuning.package import WEIGHTS, write_package
 from tuning.record import Status, finite
-from tuning.store import client_of, experiment_id
+from tuning.store import client_of, existing_client, experiment_id
 
 if TYPE_CHECKING:  # it imports Ray, which fetching a version does without
     from tuning.lineage import Lineage
@@ -118,7 +118,7 @@ def download(uri: str, tracking_uri: str) -> Path:
     match = URI.fullmatch(uri)
     if match is None:
         raise UserError(f"{uri!r} is no registered model; write models:/NAME@{CHAMPION} or models:/NAME/VERSION")
-    client = client_of(tracking_uri)
+    client = existing_client(tracking_uri)
     name = match["name"]
     with explained(tracking_uri):
         version = (

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from mpc.errors import UserError
+from mpc.errors import MissingError, UserError
 
 SCHEMES = ("sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks")
 
@@ -48,16 +48,32 @@ def client_of(uri: str) -> MlflowClient:
     Raises:
         UserError: as `check_uri` does.
     """
-    if check_uri(uri).startswith("sqlite"):
-        Path(uri.split("///", 1)[-1]).resolve().parent.mkdir(parents=True, exist_ok=True)
+    if file := _file(check_uri(uri)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def existing_client(uri: str) -> MlflowClient:
+    """As `client_of`, for whoever only looks something up: MLflow would make an empty database where there is none.
+
+    Raises:
+        UserError: as `check_uri` does, or no such database.
+    """
+    file = _file(check_uri(uri))
+    if file and not file.is_file():
+        raise MissingError(f"no MLflow store at {uri}; name it with --set tracking.uri=... or MLFLOW_TRACKING_URI")
+    return client_of(uri)
 
 
 def artifact_root(uri: str) -> str | None:
     """Where a new experiment keeps its artifacts: beside a local database; a server decides for itself (None)."""
-    if not uri.startswith("sqlite"):
-        return None
-    return str(Path(uri.split("///", 1)[-1]).resolve().parent / "mlartifacts")
+    file = _file(uri)
+    return str(file.parent / "mlartifacts") if file else None
+
+
+def _file(uri: str) -> Path | None:
+    """The file of a local database; None for a server."""
+    return Path(uri.split("///", 1)[-1]).resolve() if uri.startswith("sqlite") else None
 
 
 def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
