@@ -11,6 +11,7 @@ from optuna.samplers import RandomSampler
 
 from mpc.errors import UserError
 from pipeline.config import RunConfig
+from pipeline.dotted import flat
 from tuning import space as spaces
 from tuning.domains import Dimension, Settings, Space
 
@@ -106,6 +107,24 @@ def test_a_grid_holds_each_combination_once(tmp_path: Path) -> None:
     assert {"loss.sup": "em", "views.strong.ops": 1, "baseline.em_alpha": 0.2} in points
     with pytest.raises(UserError, match=r"optim\.lr: a grid needs steps"):
         read(tmp_path, "optim.lr: {uniform: [0.1, 0.2]}").grid()
+
+
+def test_choices_are_what_the_configuration_makes_of_them(tmp_path: Path) -> None:
+    """YAML 1.1 leaves 1e-4 a text, and 0 a whole number."""
+    text = """
+        optim.lr: {choice: [1e-4, 3e-4]}
+        views.hflip: {choice: [0, 0.5], when: {optim.lr: 0.0001}}
+        pseudo.kappa: {choice: [null, 2], when: {views.hflip: [0, 5e-1]}}
+    """
+    lr, flip, kappa = read(tmp_path, text).dimensions
+    assert lr == Dimension("optim.lr", "choice", (0.0001, 0.0003))
+    assert flip == Dimension("views.hflip", "choice", (0.0, 0.5), (("optim.lr", (0.0001,)),))
+    assert kappa.when == (("views.hflip", (0.0, 0.5)),)
+    for dimension in (lr, flip, kappa):
+        for value in dimension.values:
+            held = flat(spaces.apply(BASE, {dimension.path: value}, "trial").model_dump(mode="json"))[dimension.path]
+            assert (value, type(value)) == (held, type(held))
+            assert dimension.share(held) in (0.0, 1.0)
 
 
 @pytest.mark.parametrize(

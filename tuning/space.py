@@ -14,13 +14,14 @@ from importlib.resources import files
 from itertools import combinations
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from mpc.errors import MissingError, UserError
 from pipeline.config import RunConfig
-from pipeline.dotted import check_path, leaves, merge, nested, validate
+from pipeline.dotted import check_path, leaves, merge, nested, section_of, validate
 from tuning.domains import CHOICE, KINDS, WHEN, Dimension, Settings, Space
 
 FIXED = ("train.epochs", "train.num_workers", "train.use_gpu", "train.gpus", "train.worker_cpus", "train.schedule",
@@ -134,7 +135,8 @@ def _dimension(path: str, spec: Any, where: str) -> Dimension:
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}: {path} needs a list of values after {kind}")
     read = _choices if kind == CHOICE else _numbers
-    return Dimension(path, kind, read(f"{where}: {path}", kind, values), _when(path, spec.get(WHEN), where))
+    found = Dimension(path, kind, read(f"{where}: {path}", kind, values), _when(path, spec.get(WHEN), where))
+    return found._replace(values=_resolved(path, found.values)) if kind == CHOICE else found
 
 
 def _first(section: str) -> str:
@@ -147,6 +149,27 @@ def _choices(where: str, kind: str, values: list[Any]) -> tuple[Any, ...]:
     if not all(isinstance(value, plain) for value in values):
         raise UserError(f"{where}: {kind} takes numbers, texts, true, false and null, found {values}")
     return tuple(values)
+
+
+def _resolved(path: str, values: Sequence[Any]) -> tuple[Any, ...]:
+    """Values as a configuration holds them: YAML's 0 and its text 1e-4 are floats where the setting is one."""
+    if path not in set(leaves(RunConfig)):
+        return tuple(values)
+    *sections, name = path.split(".")
+    model: Any = RunConfig
+    for part in sections:
+        model = section_of(model.model_fields[part].annotation)
+    field = model.model_fields[name]
+    setting: Any = Annotated[field.annotation, field]
+    return tuple(_as(TypeAdapter(setting), value) for value in values)
+
+
+def _as(setting: TypeAdapter[Any], value: Any) -> Any:
+    """What the setting takes `value` for; one that it refuses stays, for `check` to name."""
+    try:
+        return setting.validate_python(value)
+    except ValidationError:
+        return value
 
 
 def _numbers(where: str, kind: str, values: list[Any]) -> tuple[Any, ...]:
@@ -178,7 +201,8 @@ def _when(path: str, spec: Any, where: str) -> tuple[tuple[str, tuple[Any, ...]]
         return ()
     if not isinstance(spec, Mapping) or not spec:
         raise UserError(f"{where}: {path}: write its condition as when: {{loss.sup: em}}")
-    return tuple((str(key), tuple(value) if isinstance(value, list) else (value,)) for key, value in spec.items())
+    allowed = {str(key): value if isinstance(value, list) else [value] for key, value in spec.items()}
+    return tuple((key, _resolved(key, values)) for key, values in allowed.items())
 
 
 def _ordered(dimensions: list[Dimension], where: str) -> tuple[Dimension, ...]:
