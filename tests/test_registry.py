@@ -62,6 +62,20 @@ def png(seed: int) -> bytes:
     return bytes(cv2.imencode(".png", pixels)[1].tobytes())
 
 
+def configured(checkpoint: Path, out: Path, **sections: dict[str, object]) -> None:
+    """A copy of a checkpoint as if it had been trained with other settings."""
+    shutil.copytree(checkpoint, out)
+    info = json.loads((out / "checkpoint.json").read_text())
+    for section, values in sections.items():
+        info["config"][section] |= values
+    (out / "checkpoint.json").write_text(json.dumps(info))
+
+
+def described(store: str, version: RegisteredVersion) -> str:
+    """What MLflow shows beside a version: its card."""
+    return str(MlflowClient(tracking_uri=store).get_model_version(version.name, version.version).description)
+
+
 def test_mlflow_loads_it_without_pickle(
     store: str, registered: RegisteredVersion, checkpoint: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +185,13 @@ def test_without_images_the_card_says_so(store: str, registered: RegisteredVersi
     assert "| val_macro_auroc | 0.750 |" in text
     assert "not at hand" in text
     assert "not a medical device" in text
+
+
+def test_the_card_names_no_place(checkpoint: Path, tmp_path: Path, store: str) -> None:
+    configured(checkpoint, tmp_path / "best", model={"weights": "s3://secret-bucket/at/vit.safetensors"})
+    text = described(store, register(tmp_path / "best", "placed", store))
+    assert "| model.weights | vit.safetensors |" in text
+    assert "secret-bucket" not in text
 
 
 def test_a_version_belongs_to_the_run_and_the_search_that_made_it(checkpoint: Path, tmp_path: Path, store: str) -> None:

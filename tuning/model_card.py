@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from mpc.config import CheckpointInfo
 from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
+from tuning.record import without_places
 
 FILE = "model_card.md"
 TEMPLATE = FILE + ".j2"
@@ -29,7 +30,7 @@ def model_card(
     evaluation: Mapping[str, Any] | None = None,
     data: DatasetCard | None = None,
 ) -> str:
-    """The card as Markdown.
+    """The card as Markdown; paths in the settings are cut to their last part.
 
     Args:
         name: of the registered model.
@@ -39,7 +40,7 @@ def model_card(
         data: card of the data set that was trained on, where it is at hand.
     """
     run = RunConfig.model_validate(info.config)
-    settings = run.model_dump(mode="json")
+    settings = without_places(run.model_dump(mode="json"))
     external = evaluation is not None and evaluation["data_digest"] != info.data_digest
     scores = evaluation["findings"] if evaluation else {}
     return (
