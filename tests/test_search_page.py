@@ -139,6 +139,19 @@ def test_stopped_trials_are_credited_with_what_the_others_gained(tmp_path: Path)
     assert level == pytest.approx({"winner": 0.9, "second": 0.7, "early": 0.55, "late": 0.75, "near": 0.9})
 
 
+def test_a_setting_that_was_off_where_it_was_not_searched_lies_apart(tmp_path: Path) -> None:
+    """Its logarithm does not exist."""
+    fpc = Dimension("loss.lambda_fpc", "loguniform", (0.1, 1.0), (("loss.sup", ("em",)),))
+    searched = [{"loss.sup": "an"}, {"loss.sup": "em", "loss.lambda_fpc": 0.5}]
+    trials = [trial(f"t{n:02}", [0.5 + n / 100], params=searched[n % 2]) for n in range(12)]
+    write(tmp_path, trials, (DIMENSIONS[3], fpc))
+    record = json.loads((tmp_path / "search.json").read_text())
+    record["config"]["loss"]["lambda_fpc"] = 0.0
+    (tmp_path / "search.json").write_text(json.dumps(record))
+    read = Page(Path(write_search(str(tmp_path))).read_text(encoding="utf-8"))
+    assert "No share for loss.lambda_fpc" in read.words["importance"]
+
+
 def test_few_trials_claim_nothing(tmp_path: Path) -> None:
     trials = [trial(f"t{n}", [0.5 + n / 100], params={"optim.lr": 0.001 * (n + 1)}, cost=None) for n in range(3)]
     read = Page(Path(write_search(write(tmp_path, trials))).read_text(encoding="utf-8"))

@@ -125,8 +125,14 @@ class Dimension(NamedTuple):
         when = tuple((name, tuple(allowed)) for name, allowed in written.get(WHEN, {}).items())
         return cls(path, kind, tuple(written[kind]), when)
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of the choices, or lies within the bounds."""
+        if self.kind == CHOICE:
+            return value in self.values
+        return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
+
     def share(self, value: Any) -> float:
-        """Where a value lies from the lower bound, 0, to the upper one, 1; choices lie evenly in between."""
+        """Where a value it holds lies from the lower bound, 0, to the upper one, 1; choices lie evenly in between."""
         if self.kind == CHOICE:
             options = self.points()
             return options.index(value) / max(1, len(options) - 1)

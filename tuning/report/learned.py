@@ -265,9 +265,7 @@ class Expected:
 
     def _share(self, dimension: Dimension, value: Any) -> float:
         """Outside the domain, -1: apart from all that was searched."""
-        inside = value in dimension.values if dimension.kind == CHOICE else isinstance(value, int | float)
-        share = dimension.share(value) if inside else -1.0
-        return share if 0 <= share <= 1 else -1.0
+        return dimension.share(value) if dimension.holds(value) else -1.0
 
     def along(self, shares: Mapping[str, Array]) -> Array:
         """Expected values, [M].
