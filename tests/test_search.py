@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from ray.tune.search.optuna import OptunaSearch
@@ -73,6 +74,46 @@ def test_asha_stops_bad_trials_and_a_failed_trial_ends_alone(few_data: str, tmp_
     assert result.best.params["optim.lr"] == 0.003
     assert result.best.epochs == 3
     check_what_lies_there(out, result, keep=1)
+
+
+class AtATime:
+    """A listener that counts the trials at work."""
+
+    def __init__(self) -> None:
+        self.running: set[str] = set()
+        self.started: list[str] = []
+        self.most = 0
+
+    def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None:
+        self.started.append(trial_id)
+        self.running.add(trial_id)
+        self.most = max(self.most, len(self.running))
+
+    def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None: ...
+
+    def on_trial_end(self, trial_id: str, status: str) -> None:
+        self.running.discard(trial_id)
+
+
+def test_failed_trials_that_are_resumed_leave_cpus_for_data(few_data: str, tmp_path: Path) -> None:
+    # 5 and 7 heads do not divide the network's 256 features; Tune starts whatever a searcher has handed out before
+    space = Space((Dimension("btc.heads", "choice", (5, 7, 4)),))
+    once = {"max_failures": 0, "epochs": 1}
+    base = SMALL.model_copy(
+        update={
+            "loss": SMALL.loss.model_copy(update={"lambda_btc": 0.1}),
+            "train": SMALL.train.model_copy(update=once),
+        }
+    )
+    config = SearchConfig(**LOSS, searcher="grid", scheduler="none", max_trials=3, max_concurrent=1)
+    first, again = AtATime(), AtATime()
+    for listener in (first, again):
+        result = search(
+            base, config, space, few_data, str(tmp_path / "s"), resume=listener is again, listeners=[listener]
+        )
+        assert sorted(trial.status for trial in result.trials) == ["failed", "failed", "finished"]
+    assert (len(first.started), first.most) == (3, 1)
+    assert (len(again.started), again.most) == (2, 1)
 
 
 def check_what_lies_there(out: Path, result: SearchResult, keep: int) -> None:

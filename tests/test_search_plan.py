@@ -85,8 +85,8 @@ def test_what_was_mended_is_said() -> None:
 
 
 def test_a_trial_asks_for_its_worker_or_for_its_driver() -> None:
-    assert asked(gpu(gpus=0.25)).bundles == [{"CPU": 1.0, "GPU": 0.25}]
-    assert asked(gpu(num_workers=2, batch_size=32)).bundles == [{"CPU": 0.01}]
+    assert asked(gpu(gpus=0.25), 4).bundles == [{"CPU": 1.0, "GPU": 0.25}, {HEAD: 0.25}]
+    assert asked(gpu(num_workers=2, batch_size=32), 1).bundles == [{"CPU": 0.01}, {HEAD: 1.0}]
     share = asked(run(), 3).bundles
     assert share == [{"CPU": 1.0}, {HEAD: 0.3333}], "no more than three of a thing that exists once"
 

@@ -95,16 +95,17 @@ def _refusal(run: RunConfig, kept: float, nodes: Sequence[Node]) -> str:
     return f"{asked} exceeds the cluster's {cpus:g} CPUs and {gpus:g} GPUs; {remedy} or search.cpus_for_data"
 
 
-def asked(run: RunConfig, concurrent: int | None = None) -> tune.PlacementGroupFactory:
+def asked(run: RunConfig, concurrent: int) -> tune.PlacementGroupFactory:
     """What a trial asks of Ray: its worker's CPUs and GPU, or, with several workers, nothing but its driver.
+
+    And a share of something that exists once: a searcher hands out no more trials than may run, but Tune starts at once
+    what was paused, or what a resumed search had begun.
 
     Args:
         run: what a trial trains.
-        concurrent: also limits the trials at work at a time, by a share of something that exists once; else the
-            searcher hands out so many only.
+        concurrent: trials at a time.
     """
     bundle = {"CPU": DRIVER_CPU if run.train.num_workers > 1 else run.worker_cpus}
     if run.worker_gpus and run.train.num_workers == 1:
         bundle["GPU"] = run.worker_gpus
-    share = [{HEAD: math.floor(1e4 / concurrent) / 1e4}] if concurrent else []
-    return tune.PlacementGroupFactory([bundle, *share])
+    return tune.PlacementGroupFactory([bundle, {HEAD: math.floor(1e4 / concurrent) / 1e4}])

@@ -133,8 +133,7 @@ class Work:
             data=self.data,
             out=self.out,
         )
-        paused = self.config.scheduler in POPULATIONS
-        return tune.with_resources(function, asked(self.run, self.placed.concurrent if paused else None))
+        return tune.with_resources(function, asked(self.run, self.placed.concurrent))
 
     @property
     def trials(self) -> str:

@@ -67,6 +67,8 @@ def run_cells(
     """
     out = storage.absolute(out)
     first = next(iter(methods.values()))
+    config = SearchConfig(max_concurrent=concurrent, cpus_for_data=first.cpus_beside)
+    limit = plan(first, config, cluster()).concurrent
     trainable = tune.with_resources(
         partial(
             run_cell,
@@ -75,11 +77,9 @@ def run_cells(
             metric=metric,
             test=test,
         ),
-        asked(first),
+        asked(first, limit),
     )
     param_space = {CELL: tune.grid_search([cell.params() for cell in cells])}
-    config = SearchConfig(max_concurrent=concurrent, cpus_for_data=first.cpus_beside)
-    limit = plan(first, config, cluster()).concurrent
     if begun(out):
         tuner = restored(trainable, out)
     else:
