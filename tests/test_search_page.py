@@ -152,6 +152,25 @@ def test_a_setting_that_was_off_where_it_was_not_searched_lies_apart(tmp_path: P
     assert "No share for loss.lambda_fpc" in read.words["importance"]
 
 
+def test_the_winner_is_the_trial_whose_checkpoint_there_is(tmp_path: Path) -> None:
+    """Lost trials, and those whose checkpoints are gone, win nothing; without settings they teach nothing either."""
+    trials = [trial(f"t{n:02}", [0.5 + n / 100], params={"optim.lr": 0.001 * (n % 7 + 1)}) for n in range(12)]
+    lost = [trial("lost", [0.9], "lost", params={"optim.lr": 0.001}), trial("blank", [0.95], "lost")]
+    write(tmp_path, [*trials, *lost])
+    for best, lead in (("t11", 0.01), ("t10", -0.01)):
+        record = json.loads((tmp_path / "search.json").read_text()) | {"best": best}
+        (tmp_path / "search.json").write_text(json.dumps(record))
+        found = lead_of(read_search(str(tmp_path)))
+        assert found.on_second == pytest.approx(lead)
+        assert found.on_median == pytest.approx(0.055 if best == "t11" else 0.045)
+        assert found.finished == 12
+    read = Page(Path(write_search(str(tmp_path))).read_text(encoding="utf-8"))
+    assert "Trial t10 won, 0.0100 behind a trial that has no checkpoint left and 0.0450 ahead of" in read.words["head"]
+    assert "between the 13 trials" in read.words["importance"]
+    assert "1 lost before noting their settings" in read.words["importance"]
+    assert "2 lost" in read.words["trials"]
+
+
 def test_few_trials_claim_nothing(tmp_path: Path) -> None:
     trials = [trial(f"t{n}", [0.5 + n / 100], params={"optim.lr": 0.001 * (n + 1)}, cost=None) for n in range(3)]
     read = Page(Path(write_search(write(tmp_path, trials))).read_text(encoding="utf-8"))

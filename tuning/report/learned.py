@@ -53,9 +53,15 @@ class Found:
 
     @property
     def ranked(self) -> list[dict[str, Any]]:
-        """Trials with a value that did not fail, the best first."""
+        """Trials with a value and settings that did not fail, the best first."""
         valued = [t for t in self.record["trials"] if t["value"] is not None and t["status"] != "failed"]
-        return sorted(valued, key=lambda trial: (-self.sign * trial["value"], trial["trial_id"]))
+        known = [trial for trial in valued if trial["params"]]
+        return sorted(known, key=lambda trial: (-self.sign * trial["value"], trial["trial_id"]))
+
+    @property
+    def unknown(self) -> int:
+        """Lost trials that had noted epochs, but no settings yet: nothing but the table tells of them."""
+        return sum(trial["status"] == "lost" and not trial["params"] for trial in self.record["trials"])
 
     @cached_property
     def level(self) -> dict[str, float]:
@@ -134,6 +140,7 @@ class Lead(NamedTuple):
     """By how much the winner won; None where there is nobody to compare with."""
 
     on_second: float | None
+    """Below 0 where a better trial has no checkpoint left."""
     on_median: float | None
     """Of the trials that ran to their end."""
     finished: int
@@ -141,8 +148,9 @@ class Lead(NamedTuple):
 
 def lead_of(found: Found) -> Lead:
     """Differences in the metric, positive where the winner is better."""
-    best, *others = found.ranked
-    ended = [trial["value"] for trial in found.ranked if trial["status"] == "finished"]
+    best, ended_well = found.best, [trial for trial in found.ranked if trial["status"] != "lost"]
+    others = [trial for trial in ended_well if trial is not best]
+    ended = [trial["value"] for trial in ended_well if trial["status"] == "finished"]
     on_second = found.sign * (best["value"] - others[0]["value"]) if others else None
     on_median = found.sign * (best["value"] - statistics.median(ended)) if len(ended) > 1 else None
     return Lead(on_second, on_median, len(ended))

@@ -57,6 +57,7 @@ def _content(found: Found) -> dict[str, Any]:
         "cost": learned.cost_of(found),
         "lead": learned.lead_of(found),
         "valued": len(found.ranked),
+        "unknown": found.unknown,
         "winner": learned.winner_of(found),
         "searcher": SEARCHERS[record["search"]["searcher"]],
         "scheduler": SCHEDULERS[record["search"]["scheduler"]],
