@@ -169,6 +169,8 @@ def test_the_card_shows_scores_with_intervals_and_what_they_do_not_cover(
     for finding, row in evaluation["findings"].items():
         assert f"| {finding} | {row['n_pos']} | {row['n_neg']} |" in text
     assert "Trained on synthetic images" in text
+    assert "patients. **The images are synthetic: these scores say nothing of real radiographs.**\n" in text
+    assert "Training saw one positive label an image; every other entry counts as unlabelled, not as absent.\n" in text
     assert f"| train | {card.counts['train'].images} | {card.counts['train'].patients} |" in text
     assert f"Not calibrated, so that a probability orders images and means no frequency: {card.findings[0]}" in text
     for title in ("Intended use", "Method", "Data", "Metrics", "Limits", "Origin", "Every finding"):
@@ -184,7 +186,29 @@ def test_without_images_the_card_says_so(store: str, registered: RegisteredVersi
     assert "without intervals" in text
     assert "| val_macro_auroc | 0.750 |" in text
     assert "not at hand" in text
-    assert "not a medical device" in text
+    assert "not for decisions about patients. Whether the training images are synthetic is not recorded.\n" in text
+
+
+@pytest.mark.parametrize(
+    ("synthetic", "head"),
+    [
+        (
+            "true",
+            "**Trained on synthetic images: it knows nothing of real radiographs.** For research on methods only.",
+        ),
+        ("false", "For research only: not a medical device, not for decisions about patients."),
+    ],
+)
+def test_the_card_tells_what_training_saw(
+    checkpoint: Path, tmp_path: Path, store: str, synthetic: str, head: str
+) -> None:
+    configured(checkpoint, tmp_path / "best", train={"method": "full"})
+    record = RunRecord(key="r", name="r", experiment="e", tags={"data.name": "c", "data.synthetic": synthetic})
+    (tmp_path / "tracking.json").write_text(record.model_dump_json())
+    place = tmp_path / "best"
+    text = described(store, register(place, "upper", store, lineage=lineage_of(str(place))))
+    assert f"\n\n{head}\n\n## Intended use\n" in text
+    assert "Training saw every known label (an upper bound, not a method for single positives).\n" in text
 
 
 def test_the_card_names_no_place(checkpoint: Path, tmp_path: Path, store: str) -> None:

@@ -39,6 +39,8 @@ def model_card(
         evaluation: content of metrics.json.
         data: card of the data set that was trained on, where it is at hand.
     """
+    from tuning.report.results import ONE_POSITIVE, SEEN  # it draws charts, which fetching a version does without
+
     run = RunConfig.model_validate(info.config)
     settings = without_places(run.model_dump(mode="json"))
     external = evaluation is not None and evaluation["data_digest"] != info.data_digest
@@ -49,7 +51,8 @@ def model_card(
         .render(
             name=name,
             info=info,
-            synthetic=data.synthetic if data else origin.get("data.synthetic") == "true",
+            synthetic=str(data.synthetic).lower() if data else origin.get("data.synthetic", "unknown"),
+            seen=SEEN.get(run.train.method, ONE_POSITIVE),
             method=[(key, settings[key.partition(".")[0]][key.partition(".")[2]]) for key in METHOD],
             data=_data(info, origin, data),
             counts=data.counts if data else {},
