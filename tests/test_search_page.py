@@ -171,6 +171,23 @@ def test_the_winner_is_the_trial_whose_checkpoint_there_is(tmp_path: Path) -> No
     assert "2 lost" in read.words["trials"]
 
 
+def test_tied_values_make_a_page(tmp_path: Path) -> None:
+    """A resample without the one trial that differs has nothing to explain."""
+    trials = [trial(f"t{n:02}", [0.5 + (n == 9) / 10], params={"optim.lr": 0.001 * (n + 1)}) for n in range(10)]
+    (row,) = importances(read_search(write(tmp_path, trials)))
+    assert row.low == 0.0
+    assert row.share > 0.5
+    assert "0 to 100 %" in Page(Path(write_search(str(tmp_path))).read_text(encoding="utf-8")).words["importance"]
+
+
+def test_trials_that_are_all_credited_up_to_the_winner_claim_nothing(tmp_path: Path) -> None:
+    stopped = [trial(f"t{n:02}", [0.6 + n / 100], "stopped", params={"optim.lr": 0.001 * (n + 1)}) for n in range(9)]
+    trials = [trial("winner", [0.5, 0.7, 0.9], params={"optim.lr": 0.01}), *stopped]
+    read = Page(Path(write_search(write(tmp_path, trials))).read_text(encoding="utf-8"))
+    assert "10 trials with equal values are too few to tell settings apart" in read.words["importance"]
+    assert "contour" not in read.words
+
+
 def test_few_trials_claim_nothing(tmp_path: Path) -> None:
     trials = [trial(f"t{n}", [0.5 + n / 100], params={"optim.lr": 0.001 * (n + 1)}, cost=None) for n in range(3)]
     read = Page(Path(write_search(write(tmp_path, trials))).read_text(encoding="utf-8"))

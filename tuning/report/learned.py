@@ -76,8 +76,7 @@ class Found:
     @property
     def comparable(self) -> bool:
         """Whether there are trials enough, with values that differ, to say what a setting does."""
-        enough = len(self.ranked) >= LEAST and len({trial["value"] for trial in self.ranked}) > 1
-        return enough and not self.population
+        return len(self.ranked) >= LEAST and len(set(self.level.values())) > 1 and not self.population
 
     @property
     def best(self) -> dict[str, Any]:
@@ -243,13 +242,16 @@ def importances(found: Found) -> list[Importance]:
 def _fanova(
     points: Sequence[tuple[Mapping[str, Any], float]], dimensions: Sequence[Dimension], trees: int
 ) -> dict[str, float]:
-    """Shares of the variance; 0 where a resample has a single value."""
+    """Shares of the variance; 0 where no setting divides it, as in a resample with a single value."""
     study = optuna.create_study(storage=optuna.storages.InMemoryStorage())
     domains = {dimension.path: dimension.distribution() for dimension in dimensions}
     for params, value in points:
         settings = {path: params[path] for path in domains}
         study.add_trial(optuna.trial.create_trial(params=settings, distributions=domains, value=value))
-    shares = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
+    try:
+        shares = FanovaImportanceEvaluator(n_trees=trees, seed=0).evaluate(study)
+    except RuntimeError:  # Optuna's, of a forest whose trees have no branch
+        shares = {}
     return {path: float(shares.get(path, 0.0)) for path in domains}
 
 
