@@ -150,8 +150,9 @@ def test_what_trials_are_measured_by_is_not_searched(key: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("search", "reason"),
     [
-        ({"metric": "val_macro_aurocc"}, "no epoch reports metric val_macro_aurocc; set it to val_macro_auroc"),
-        ({"metric": "seconds", "mode": "min"}, "no epoch reports metric seconds"),
+        ({"metric": "val_macro_aurocc"}, "not every epoch reports metric val_macro_aurocc; set it to one of val_"),
+        ({"metric": "seconds", "mode": "min"}, "not every epoch reports metric seconds"),
+        ({"metric": "loss_ipc", "mode": "min"}, "not every epoch reports metric loss_ipc"),  # none while it warms up
         ({"metric": "loss"}, "mode max would take the worst loss for the best; set mode=min"),
         ({"mode": "min"}, "mode min would take the worst val_macro_auroc for the best; set mode=max"),
     ],

@@ -1,6 +1,5 @@
 """The configuration of a search and of tracking."""
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -44,8 +43,8 @@ class SearchConfig(Config):
     """ASHA and HyperBand keep one trial in this many at each rung."""
     pbt: PbtConfig = PbtConfig()
     metric: str = "val_macro_auroc"
-    """Key of `metrics.jsonl` that is searched for: `val_macro_auroc`, `val_macro_ap`, or with mode=min `loss` or one of
-    its terms, such as `loss_sup`."""
+    """Key of `metrics.jsonl` that is searched for: `val_macro_auroc`, `val_macro_ap`, or with mode=min `loss` or its
+    supervised term `loss_sup`; other terms are not there in every epoch of every trial."""
     mode: Literal["max", "min"] = "max"
     cost: Literal["seconds", "mflops"] = "seconds"
     """What `pareto` weighs against the metric: mean seconds of an epoch, as measured, or the millions of
@@ -66,11 +65,11 @@ class SearchConfig(Config):
 
     @model_validator(mode="after")
     def metric_is_measured(self) -> "SearchConfig":
-        """A search by what no epoch reports would train for nothing, and one in the wrong direction for the worst."""
-        modes = {"val_macro_auroc": "max", "val_macro_ap": "max"}
-        mode = "min" if re.fullmatch(r"loss(_\w+)?", self.metric) else modes.get(self.metric)
+        """A search by what an epoch may lack would end there, and one in the wrong direction for the worst."""
+        modes = {"val_macro_auroc": "max", "val_macro_ap": "max", "loss": "min", "loss_sup": "min"}
+        mode = modes.get(self.metric)
         if mode is None:
-            raise ValueError(f"no epoch reports metric {self.metric}; set it to {', '.join(modes)}, loss or loss_sup")
+            raise ValueError(f"not every epoch reports metric {self.metric}; set it to one of {', '.join(modes)}")
         if mode != self.mode:
             raise ValueError(f"mode {self.mode} would take the worst {self.metric} for the best; set mode={mode}")
         return self
