@@ -193,7 +193,8 @@ def test_a_search_is_not_continued_with_another_budget(tmp_path: Path) -> None:
     """Tune restores the budget that it began with: a new one would be ignored without a word."""
     card, space = SimpleNamespace(digest="d"), Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),))
     claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=4), space, card), resume=False)
-    claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=4, keep_trials=1), space, card), resume=True)
+    with pytest.raises(UserError, match=r"search\.keep_trials = 3, not 1"):  # `Keep` deletes by what it began with
+        claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=4, keep_trials=1), space, card), resume=True)
     with pytest.raises(UserError, match=r"search\.max_trials = 4, not 8"):
         claim(str(tmp_path), identity(BASE, SearchConfig(max_trials=8), space, card), resume=True)
 

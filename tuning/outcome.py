@@ -72,10 +72,9 @@ class SearchResult:
 
 def identity(run: RunConfig, config: SearchConfig, space: Space, card: DatasetCard) -> dict[str, Any]:
     """What must be the same for a search to be continued: all that Tune restores from its own state, budgets too."""
-    fixed = config.model_dump(mode="json", exclude={"keep_trials"})
     return {
         "config": run.model_dump(mode="json"),
-        "search": fixed,
+        "search": config.model_dump(mode="json"),
         "space": dict(space.describe()),
         "data_digest": card.digest,
     }
