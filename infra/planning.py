@@ -26,7 +26,7 @@ def show_search(settings: Settings, space: Space, data: str, out: str, tracking:
     placed = plan(run, config, machines())
     beginning = begin(settings, space, data, tracking)
     make_proposals(config, space, placed.concurrent, beginning.known)
-    trials = len(space.grid()) if config.searcher == "grid" else config.max_trials
+    trials = sum(1 for _ in space.grid()) if config.searcher == "grid" else config.max_trials
     epoch = pace(run, data, card, out)
     table("the space", ["setting", "values"], space.describe())
     table(

@@ -178,9 +178,16 @@ def test_equal_trials_rank_by_their_names_everywhere() -> None:
 
 def test_a_grid_beyond_the_budget_is_refused() -> None:
     space = Space((Dimension("views.strong.ops", "int", (0, 4)), Dimension("loss.sup", "choice", ("an", "wan"))))
-    with pytest.raises(UserError, match=r"the grid has 10 points, search\.max_trials allows 9"):
+    with pytest.raises(UserError, match=r"more points than the 9 that search\.max_trials allows"):
         make_proposals(SearchConfig(searcher="grid", max_trials=9), space, 1)
     assert make_proposals(SearchConfig(searcher="grid", max_trials=10), space, 1).samples == 1
+
+
+def test_a_grid_of_billions_is_refused_at_once() -> None:
+    eight = tuple(Dimension(f"loss.lambda_{n}", "quniform", (0.0, 1.0, 0.05)) for n in range(8))
+    everything = Space((*eight, Dimension("train.seed", "int", (0, 10**12))))
+    with pytest.raises(UserError, match=r"more points than the 9 that search\.max_trials allows"):
+        make_proposals(SearchConfig(searcher="grid", max_trials=9), everything, 1)
 
 
 def test_a_population_begins_with_the_best_of_before() -> None:

@@ -100,13 +100,27 @@ def test_a_grid_holds_each_combination_once(tmp_path: Path) -> None:
         baseline.em_alpha: {quniform: [0.1, 0.3, 0.1], when: {loss.sup: em}}
         views.strong.ops: {int: [1, 2]}
     """
-    points = read(tmp_path, text).grid()
+    points = list(read(tmp_path, text).grid())
     assert len(points) == (1 + 3) * 2
     assert {tuple(sorted(point.items())) for point in points} == {tuple(sorted(point.items())) for point in points}
     assert {"loss.sup": "an", "views.strong.ops": 2} in points
     assert {"loss.sup": "em", "views.strong.ops": 1, "baseline.em_alpha": 0.2} in points
     with pytest.raises(UserError, match=r"optim\.lr: a grid needs steps"):
-        read(tmp_path, "optim.lr: {uniform: [0.1, 0.2]}").grid()
+        next(read(tmp_path, "optim.lr: {uniform: [0.1, 0.2]}").grid())
+
+
+@pytest.mark.parametrize(
+    ("line", "points"),
+    [
+        ("baseline.em_alpha: {qloguniform: [0.1, 0.4, 0.1]}", [0.1, 0.2, 0.3, 0.4]),
+        ("train.batch_size: {qlogint: [4, 20, 4]}", [4, 8, 12, 16, 20]),
+        ("train.batch_size: {logint: [1, 4]}", [1, 2, 3, 4]),
+        ("train.batch_size: {qint: [8, 24, 8]}", [8, 16, 24]),
+    ],
+)
+def test_a_grid_takes_every_domain_with_steps(line: str, points: list[float], tmp_path: Path) -> None:
+    path = line.partition(":")[0]
+    assert [settings[path] for settings in read(tmp_path, line).grid()] == points
 
 
 def test_choices_are_what_the_configuration_makes_of_them(tmp_path: Path) -> None:

@@ -97,21 +97,20 @@ class Dimension(NamedTuple):
         ask = trial.suggest_int if KINDS[self.kind].integer else trial.suggest_float
         return self.fit(ask(self.path, domain.low, domain.high, step=domain.step, log=domain.log))
 
-    def points(self) -> list[Any]:
-        """Every value.
+    def points(self) -> Iterator[Any]:
+        """Every value, once; domains of numbers from `low` on.
 
         Raises:
             UserError: there is no end of them.
         """
         if self.kind == CHOICE:
-            return list(dict.fromkeys(self.values))
+            yield from dict.fromkeys(self.values)
+            return
         kind, (low, high) = KINDS[self.kind], self.values[:2]
-        if not (kind.integer or kind.stepped) or kind.log:
-            raise UserError(
-                f"{self.path}: a grid needs steps, {self.kind} has none; write choice, quniform, int or qint"
-            )
+        if not (kind.integer or kind.stepped):
+            raise UserError(f"{self.path}: a grid needs steps, {self.kind} has none; write choice, or q{self.kind}")
         step = self.values[2] if kind.stepped else 1
-        return [self.fit(low + number * step) for number in range(round((high - low) / step) + 1)]
+        yield from (self.fit(low + number * step) for number in range(round((high - low) / step) + 1))
 
     def written(self) -> dict[str, Any]:
         """The domain as a space's file holds it."""
@@ -134,7 +133,7 @@ class Dimension(NamedTuple):
     def share(self, value: Any) -> float:
         """Where a value it holds lies from the lower bound, 0, to the upper one, 1; choices lie evenly in between."""
         if self.kind == CHOICE:
-            options = self.points()
+            options = list(self.points())
             return options.index(value) / max(1, len(options) - 1)
         low, high, value = (math.log(v) if KINDS[self.kind].log else v for v in (*self.values[:2], value))
         return float((value - low) / (high - low))
@@ -177,13 +176,13 @@ class Space(NamedTuple):
         """The nearest settings that lie in the space, where every dimension is active."""
         return {dimension.path: dimension.fit(settings[dimension.path]) for dimension in self.dimensions}
 
-    def grid(self) -> list[Settings]:
-        """Every combination, each once.
+    def grid(self) -> Iterator[Settings]:
+        """Every combination, each once, one at a time: there may be billions.
 
         Raises:
             UserError: a dimension has no steps.
         """
-        return list(self.combinations(lambda dimension: dimension.points()))
+        return self.combinations(lambda dimension: dimension.points())
 
     def combinations(self, values: Any, settings: Settings | None = None, at: int = 0) -> Iterator[Settings]:
         """Every combination of `values(dimension)` over the dimensions, without those that are not active."""

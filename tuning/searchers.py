@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import optuna
@@ -63,11 +64,11 @@ def make_proposals(config: SearchConfig, space: Space, concurrent: int, known: S
         UserError: a grid without end, or of more points than `search.max_trials`.
     """
     if config.searcher == "grid":
-        points = space.grid()
+        points = list(islice(space.grid(), config.max_trials + 1))
         if len(points) > config.max_trials:
             raise UserError(
-                f"the grid has {len(points)} points, search.max_trials allows {config.max_trials}; raise it, or thin "
-                f"the grid out"
+                f"the grid has more points than the {config.max_trials} that search.max_trials allows; raise it, or "
+                f"thin the grid out"
             )
         limit = 0 if config.scheduler in POPULATIONS else concurrent
         return Proposals(BasicVariantGenerator(max_concurrent=limit), {CELL: tune.grid_search(points)}, 1)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import matplotlib
@@ -181,7 +182,7 @@ def against_cost(found: Found, front: Sequence[str], label: str) -> Chart:
 
 def _shares(dimension: Dimension) -> Any:
     """Where something is expected: at every choice, or at even distances."""
-    count = len(dimension.points()) if dimension.kind == CHOICE else POINTS
+    count = len(set(dimension.values)) if dimension.kind == CHOICE else POINTS
     return np.linspace(0, 1, count)
 
 
@@ -189,14 +190,19 @@ def _ticks(axes: Axes, dimension: Dimension, which: str) -> None:
     """An axis of shares in the domain's own numbers."""
     if dimension.kind == CHOICE:
         marks = _marks(dimension)
-    elif (kind := KINDS[dimension.kind]).integer and not kind.log and len(dimension.points()) <= MOST_TICKS:
-        marks = [(dimension.share(value), str(value)) for value in dimension.points()]
+    elif (kind := KINDS[dimension.kind]).integer and not kind.log and len(few := _first(dimension)) <= MOST_TICKS:
+        marks = [(dimension.share(value), str(value)) for value in few]
     else:
         places = (0, 0.5, 1) if KINDS[dimension.kind].log else (0, 0.25, 0.5, 0.75, 1)
         marks = [(place, f"{dimension.at(place):.2g}") for place in places]
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_ticks([place for place, _ in marks], [text for _, text in marks])
     axes.grid(color=GRID, lw=0.7)
+
+
+def _first(dimension: Dimension) -> list[Any]:
+    """As many values as there may be ticks, and one more where there are more."""
+    return list(islice(dimension.points(), MOST_TICKS + 1))
 
 
 def _between(value: float, values: Sequence[float]) -> float:
