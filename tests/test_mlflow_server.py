@@ -121,7 +121,7 @@ def check_registry(uri: str, checkpoint: str, data: str, run_id: str) -> None:
     verdicts = [promote(settings, "cxr", version, data, "val") for version in versions]
     assert [verdict.decision for verdict in verdicts] == [Decision.ACCEPT, Decision.ACCEPT]
     assert "against champion 1" in client.get_model_version("cxr", "2").tags["gate.reason"]
-    assert rollback("cxr", uri) == ("1", "2")
+    assert rollback("cxr", uri) == ("1", "2", ())
     assert load_model(download("models:/cxr@champion", uri)).info.findings == read_card(data).findings
 
 

@@ -131,13 +131,77 @@ def test_promotion_and_rollback(store: str, phantom_data: str, tmp_path: Path) -
     assert promote("cxr", 3, store, gate=Gate(kind="none")).reason == "promoted without a gate"
     assert aliases(store) == {"champion": "3", "previous": "2"}
 
-    assert rollback("cxr", store) == ("2", "3")
+    assert rollback("cxr", store) == ("2", "3", ())
     assert aliases(store) == {"champion": "2", "previous": "1"}
     assert tags(store, 3)["champion.rollback"] == "rolled back from version 3 to version 2"
-    assert rollback("cxr", store) == ("1", "2")
+    assert rollback("cxr", store) == ("1", "2", ())
     assert aliases(store) == {"champion": "1"}
     with pytest.raises(UserError, match="no champion before this one"):
         rollback("cxr", store)
+
+
+@pytest.fixture
+def unscored(tmp_path: Path) -> str:
+    """A new database with four versions of `cxr`."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri)
+    client.create_registered_model("cxr")
+    for _ in range(4):
+        client.create_model_version("cxr", "somewhere")
+    return uri
+
+
+def crown(store: str, *versions: int) -> None:
+    for version in versions:
+        promote("cxr", version, store, gate=Gate(kind="none"))
+
+
+def back(store: str) -> list[str]:
+    """The champions that rolling back leads to, until there is none before."""
+    found: list[str] = []
+    while "previous" in aliases(store) and len(found) < 9:
+        expected = aliases(store)["previous"]
+        found.append(rollback("cxr", store).back)
+        assert aliases(store)["champion"] == found[-1] == expected
+    with pytest.raises(UserError, match="no champion before this one"):
+        rollback("cxr", store)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("promoted", "path"),
+    [
+        ((1, 2, 1), ["2", "1"]),
+        ((1, 2, 3, 2), ["3", "2", "1"]),
+        ((1, 2, 2, 3), ["2", "1"]),
+    ],
+)
+def test_rollback_goes_all_the_way_back_and_ends(unscored: str, promoted: tuple[int, ...], path: list[str]) -> None:
+    crown(unscored, *promoted)
+    assert back(unscored) == path
+
+
+def test_what_is_promoted_after_a_rollback_goes_back_to_where_that_led(unscored: str) -> None:
+    crown(unscored, 1, 2, 3)
+    assert rollback("cxr", unscored) == ("2", "3", ())
+    crown(unscored, 4)
+    assert back(unscored) == ["2", "1"]
+
+
+def test_rollback_passes_over_deleted_versions(unscored: str) -> None:
+    crown(unscored, 1, 2, 3, 4)
+    client = MlflowClient(tracking_uri=unscored)
+    client.delete_model_version("cxr", "2")
+    client.delete_model_version("cxr", "3")
+    assert rollback("cxr", unscored) == ("1", "4", ("2", "3"))
+    assert aliases(unscored) == {"champion": "1"}
+    crown(unscored, 4)
+    client.delete_model_version("cxr", "1")
+    before = tags(unscored, 4)
+    with pytest.raises(UserError, match="no champion before this one"):
+        rollback("cxr", unscored)
+    assert aliases(unscored) == {"champion": "4"}
+    assert tags(unscored, 4) == before
 
 
 def test_training_on_other_data_is_told(store: str, phantom_data: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow.tracking import MlflowClient
 
@@ -16,8 +16,16 @@ from tuning.gate import Decision, Evidence, Gate, Verdict
 from tuning.registry import CHAMPION, DIGEST_TAG, PREVIOUS, download, explained, holder_of, uri_of, version_of
 from tuning.store import existing_client
 
-REPLACED_TAG = "champion.replaced"
-"""Version that was champion before this one: rollback walks back along it."""
+HISTORY_TAG, KEPT = "champion.history", 500
+"""Tag of a model with the numbers of its former champions, the latest last, and how many of them are kept."""
+
+
+class Rollback(NamedTuple):
+    """Which version is champion again, which no longer is, and which were passed over because they were deleted."""
+
+    back: str
+    gone: str
+    deleted: tuple[str, ...]
 
 
 def promote(
@@ -73,30 +81,28 @@ def promote(
     return verdict
 
 
-def rollback(name: str, tracking_uri: str) -> tuple[str, str]:
+def rollback(name: str, tracking_uri: str) -> Rollback:
     """Points `champion` back at the version before, without a gate: it has been champion already.
 
-    Returns:
-        The numbers of the version that is champion again, and of the one that no longer is.
+    Each promotion adds to the history that this walks back along; one that was rolled back is no part of it any more.
 
     Raises:
         UserError: no such model, nothing to go back to, or a registry that fails.
     """
     client = existing_client(tracking_uri)
     with explained(tracking_uri):
-        old, back = (holder_of(client, name, alias) for alias in (CHAMPION, PREVIOUS))
-        if old is None or back is None or old.version == back.version:
+        old, past = holder_of(client, name, CHAMPION), _past(client, name)
+        kept = [] if old is None else _reachable(client, name, past, str(old.version))
+        if old is None or not kept:
             raise UserError(f"{name} has no champion before this one to go back to; promote a version by its number")
+        back = version_of(client, name, kept[-1])
         text = f"rolled back from version {old.version} to version {back.version}"
         for version in (old, back):
             _record(client, version, {"champion.rollback": text})
         client.set_registered_model_alias(name, CHAMPION, back.version)
-        before = back.tags.get(REPLACED_TAG)
-        if before is None:
-            client.delete_registered_model_alias(name, PREVIOUS)
-        else:
-            client.set_registered_model_alias(name, PREVIOUS, before)
-    return str(back.version), str(old.version)
+        _lay_back(client, name, kept[:-1], kept[-1])
+    deleted = tuple(number for number in past[len(kept) :] if number != str(old.version))
+    return Rollback(kept[-1], str(old.version), deleted)
 
 
 Score = Callable[[Path, Path | None, str | None], dict[str, Any]]
@@ -163,8 +169,30 @@ def _require_still(client: MlflowClient, name: str, champion: Any | None) -> Non
 
 
 def _crown(client: MlflowClient, new: Any, champion: Any | None) -> None:
-    """Moves both aliases; the way back is laid first, so that a champion never stands without it."""
+    """Makes a version champion; the way back is laid first, so that a champion never stands without it."""
+    past = _past(client, new.name)
     if champion is not None and champion.version != new.version:
-        _record(client, new, {REPLACED_TAG: str(champion.version)})
-        client.set_registered_model_alias(new.name, PREVIOUS, champion.version)
+        past.append(str(champion.version))
+    _lay_back(client, new.name, past, str(new.version))
     client.set_registered_model_alias(new.name, CHAMPION, new.version)
+
+
+def _past(client: MlflowClient, name: str) -> list[str]:
+    """The numbers of former champions, the latest last."""
+    return [number for number in client.get_registered_model(name).tags.get(HISTORY_TAG, "").split(",") if number]
+
+
+def _reachable(client: MlflowClient, name: str, past: list[str], champion: str) -> list[str]:
+    """`past` up to the latest version that is another than the champion and was not deleted."""
+    there = {str(version.version) for version in client.search_model_versions(f"name = '{name}'")} - {champion}
+    return past[: max((place for place, number in enumerate(past, 1) if number in there), default=0)]
+
+
+def _lay_back(client: MlflowClient, name: str, past: list[str], champion: str) -> None:
+    """Writes the history of a champion, and points `previous` at the version that a rollback would take."""
+    kept = _reachable(client, name, past, champion)[-KEPT:]
+    client.set_registered_model_tag(name, HISTORY_TAG, ",".join(kept))
+    if kept:
+        client.set_registered_model_alias(name, PREVIOUS, kept[-1])
+    else:
+        client.delete_registered_model_alias(name, PREVIOUS)

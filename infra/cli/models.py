@@ -180,8 +180,9 @@ def promote(
     from tuning.promotion import rollback
 
     if version is None:
-        back, gone = rollback(name, tracking_uri(settings))
-        say(f"models:/{name}@champion is version {back} again, version {gone} no longer")
+        back, gone, deleted = rollback(name, tracking_uri(settings))
+        passed = f"; passed over, because deleted: {', '.join(deleted)}" if deleted else ""
+        say(f"models:/{name}@champion is version {back} again, version {gone} no longer{passed}")
         return
     verdict = judge(settings, name, version, data, split)
     if verdict.decision is Decision.REFUSE:
