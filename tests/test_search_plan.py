@@ -274,9 +274,11 @@ def test_a_dry_run_takes_data_of_which_only_positives_are_known(ray_session: Non
 def test_an_estimate_rests_on_the_record_or_on_steps_timed_here(ray_session: None, tmp_path: Path) -> None:
     card = tiny_data(tmp_path / "data")
     base = RunConfig.model_validate({"model": {"backbone": "test_efficientnet_gn"}, "train": {"batch_size": 8}})
-    timed = pace(base, str(tmp_path / "data"), card, str(tmp_path / "out"))
-    assert timed.seconds > 0
-    assert "timed here on cpu, random images" in timed.source
+    (tmp_path / "empty").mkdir()  # or begun, and killed before its first trial
+    for folder in ("out", "empty"):
+        timed = pace(base, str(tmp_path / "data"), card, str(tmp_path / folder))
+        assert timed.seconds > 0
+        assert "timed here on cpu, random images" in timed.source
     (tmp_path / "out" / "trials" / "a").mkdir(parents=True)
     lines = "".join(json.dumps({"epoch": n, "seconds": seconds}) + "\n" for n, seconds in ((1, 10.0), (2, 20.0)))
     (tmp_path / "out" / "trials" / "a" / "metrics.jsonl").write_text(lines)

@@ -45,7 +45,8 @@ class Forecast(NamedTuple):
 
 def pace(run: RunConfig, data: str, card: DatasetCard, out: str) -> Pace:
     """What an epoch takes: by the record of the search in `out`, else by steps on random images in this process."""
-    files = storage.list_files(storage.join(out, TRIALS), [METRICS_FILE]) if storage.exists(out) else []
+    trials = storage.join(out, TRIALS)
+    files = storage.list_files(trials, [METRICS_FILE]) if storage.exists(trials) else []
     seconds = [line["seconds"] for file in files for line in read_lines(file)]
     if seconds:
         return Pace(sum(seconds) / len(seconds), f"the {len(seconds)} epochs that this search has already trained")
