@@ -194,6 +194,22 @@ def test_a_finished_benchmark_is_read_again_and_another_is_refused(finished: Any
         benchmark(protocol, methods, str(out))
 
 
+def test_what_tuning_chose_stays_once_the_table_has_begun(finished: Any) -> None:
+    """A cell that failed while tuning, and succeeds when the benchmark is resumed, might have been chosen."""
+    protocol, methods, out, found = finished
+    values = [trial[protocol.metric] for trial in found["choices"]["mpc"]["trials"]]
+    other = min(range(len(values)), key=lambda number: values[number])
+    texts = {file: file.read_text() for file in (out / "tuning").rglob(f"mpc-try{other}-*/metrics.jsonl")}
+    for file, text in texts.items():
+        lines = [{**json.loads(line), protocol.metric: 1.0} for line in text.splitlines()]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    try:
+        assert benchmark(protocol, methods, str(out), resume=True)["choices"] == found["choices"]
+    finally:
+        for file, text in texts.items():
+            file.write_text(text)
+
+
 def test_folds_test_every_image_once(ray_session: None, tmp_path: Path) -> None:
     labels = ["Effusion", "Mass", "Effusion|Mass", "No Finding"]
     rows = [(f"{i:08d}_000.png", labels[i % 4], str(i // 2), "50", "M", "PA") for i in range(120)]

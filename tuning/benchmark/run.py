@@ -20,8 +20,9 @@ from tuning.benchmark.cells import Cell
 from tuning.benchmark.grid import CELLS, require_one_worker, run_cells
 from tuning.benchmark.protocol import Protocol, combinations
 from tuning.follow import SearchListener
+from tuning.search import begun
 
-RESULTS_FILE = "results.json"
+RESULTS_FILE, TUNED_FILE = "results.json", "tuned.json"
 TUNING, TABLE, DATA = "tuning", "table", "data"
 
 Announce = Callable[[str], None]
@@ -36,6 +37,15 @@ class Follower(NamedTuple):
     """Makes the listeners of a stage from its number of cells and of epochs."""
     callbacks: Callable[[str], Sequence[Callback]] = lambda folder: ()
     """Makes the Tune callbacks of a stage from the folder of its cells."""
+
+
+class Tuned(NamedTuple):
+    """What tuning left to the table."""
+
+    choices: dict[str, Any] | None = None
+    """By method, as `results.chosen` has them; None without tuning."""
+    failed: dict[str, str] = {}  # noqa: RUF012, never changed
+    """Name and reason of every cell that failed."""
 
 
 def benchmark(
@@ -67,21 +77,23 @@ def benchmark(
     digest = read_card(data).digest if data else None
     claim(out, identity(protocol, methods) | {"data_digest": digest}, resume=resume)
     runtime.start()
-    choices: dict[str, Any] | None = None
-    rejected: dict[str, str] = {}
-    stages = storage.join(out, TUNING), storage.join(out, TABLE)
-    if protocol.tuning is not None:
+    tuning, table = storage.join(out, TUNING), storage.join(out, TABLE)
+    tuned = Tuned()
+    if protocol.tuning is not None and begun(table):  # its cells train with what was chosen, whatever is mended later
+        tuned = Tuned(**json.loads(storage.read_bytes(storage.join(out, TUNED_FILE))))
+    elif protocol.tuning is not None:
         cells = tuning_cells(protocol, out, data)
         _prepare(protocol, cells, out, roots, data, follower.announce)
         follower.announce(f"tuning: {len(cells)} runs")
-        rejected = _run(protocol, methods, cells, stages[0], follower, test=False)
-        choices = results.chosen(cells, storage.join(stages[0], CELLS), protocol.metric, rejected)
-    cells = table_cells(protocol, choices, out, data)
+        failed = _run(protocol, methods, cells, tuning, follower, test=False)
+        tuned = Tuned(results.chosen(cells, storage.join(tuning, CELLS), protocol.metric, failed), failed)
+        storage.write_bytes(storage.join(out, TUNED_FILE), json.dumps(tuned._asdict(), indent=1).encode())
+    cells = table_cells(protocol, tuned.choices, out, data)
     cards = _prepare(protocol, cells, out, roots, data, follower.announce)
     follower.announce(f"table: {len(cells)} runs")
-    failed = _run(protocol, methods, cells, stages[1], follower, test=True)
-    found = summary(protocol, methods, cells, stages[1], cards, choices or {})
-    found |= {"failed": failed, "failed_while_tuning": rejected}
+    failed = _run(protocol, methods, cells, table, follower, test=True)
+    found = summary(protocol, methods, cells, table, cards, tuned.choices or {})
+    found |= {"failed": failed, "failed_while_tuning": tuned.failed}
     storage.write_bytes(storage.join(out, RESULTS_FILE), (json.dumps(found, indent=1) + "\n").encode())
     return found
 
