@@ -31,6 +31,7 @@ def evidence(
         "n_patients": 90,
         "macro": {"auroc": 0.8, "ap": 0.4},
         "findings": {name: {"auroc": value} for name, value in (findings or {"Mass": 0.8}).items()},
+        "finding_map": {"model_only": ["Hernia"]},
         "comparison": {"macro": {"auroc": difference, "auroc_interval": bounds, "ap": -0.1, "ap_interval": [-0.2, 0]}},
     }
     return Evidence("2", metrics, champion)
@@ -57,6 +58,7 @@ def evidence(
         (Gate(minimums={"Mass": 0.4}), evidence(None, Mass=0.49, Edema=0.9), "accept", "first champion"),
         (Gate(minimums={"Edema": 0.95}), evidence(None, Mass=0.6, Edema=0.9), "refuse", "Edema 0.900"),
         (Gate(), evidence(None, Mass=0.6, Edema=None), "accept", "not judged, for want of both outcomes: Edema"),
+        (Gate(), evidence(None, Mass=0.6), "accept", "0.8000 on val; not judged, absent from the data: Hernia"),
         (Gate(minimums={"Edema": 0.5}), evidence(None, Mass=0.6, Edema=None), "refuse", "cannot judge"),
         (Gate(minimums={"Hernia": 0.5}), evidence(None, Mass=0.6), "refuse", "Hernia"),
         (Gate(minimum=0.0), evidence("1", Mass=None), "refuse", "no finding has both outcomes"),
@@ -129,6 +131,7 @@ def test_promotion_and_rollback(store: str, phantom_data: str, tmp_path: Path) -
     wide = judged(3, Gate(minimum=0.0, margin=0.9))
     assert wide.decision is (Decision.REFUSE if high < 0 else Decision.ACCEPT)
     assert promote("cxr", 3, store, gate=Gate(kind="none")).reason == "promoted without a gate"
+    assert {key for key in tags(store, 3) if key.startswith("gate.")} == {"gate.decision", "gate.reason"}
     assert aliases(store) == {"champion": "3", "previous": "2"}
 
     assert rollback("cxr", store) == ("2", "3", ())

@@ -83,8 +83,13 @@ class Gate(Config):
 
     def _unjudged(self, evidence: Evidence) -> str:
         """Findings without a score."""
-        names = [name for name, row in evidence.metrics["findings"].items() if row["auroc"] is None]
-        return f"not judged, for want of both outcomes: {', '.join(names)}" if names else ""
+        metrics = evidence.metrics
+        unmeasured = [name for name, row in metrics["findings"].items() if row["auroc"] is None]
+        reasons = {
+            "for want of both outcomes": unmeasured,
+            "absent from the data": metrics["finding_map"]["model_only"],
+        }
+        return "; ".join(f"not judged, {reason}: {', '.join(names)}" for reason, names in reasons.items() if names)
 
     def _against_champion(self, evidence: Evidence) -> Verdict:
         title, metrics = TITLES[self.metric], evidence.metrics

@@ -41,7 +41,8 @@ def promote(
 ) -> Verdict:
     """Points `champion` at a version if the gate accepts it; `previous` then points at the one before.
 
-    Decision, reason and what they rest on become tags of the version, whatever the decision.
+    Decision, reason and what they rest on become tags of the version, whatever the decision, in place of those
+    of an earlier one.
 
     Args:
         name: of the model.
@@ -75,7 +76,7 @@ def promote(
     with explained(tracking_uri):
         if verdict.decision is Decision.ACCEPT:
             _require_still(client, name, champion)
-        _record(client, new, {**tags, "gate.decision": verdict.decision.value, "gate.reason": verdict.reason})
+        _judged(client, new, {**tags, "gate.decision": verdict.decision.value, "gate.reason": verdict.reason})
         if verdict.decision is Decision.ACCEPT:
             _crown(client, new, champion)
     return verdict
@@ -150,6 +151,14 @@ def _tags(evidence: Evidence, gate: Gate) -> dict[str, str]:
         tags["gate.difference"] = repr(found[gate.metric])
         tags["gate.interval"] = repr(found[f"{gate.metric}_interval"])
     return tags
+
+
+def _judged(client: MlflowClient, version: Any, tags: Mapping[str, str]) -> None:
+    """Writes what a decision says and rests on in place of what an earlier one left."""
+    for key in version.tags:
+        if key.startswith("gate.") and key not in tags:
+            client.delete_model_version_tag(version.name, version.version, key)
+    _record(client, version, tags)
 
 
 def _record(client: MlflowClient, version: Any, tags: Mapping[str, str]) -> None:
