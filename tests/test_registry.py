@@ -282,6 +282,20 @@ def test_looking_something_up_makes_no_database(elsewhere: Path) -> None:
     assert not list(elsewhere.iterdir()), "an --out that holds a database is no longer free"
 
 
+def test_a_database_that_does_not_answer_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("a file that is no database")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    for use in (
+        lambda: register(checkpoint, "m", store),
+        lambda: download("models:/m@champion", store),
+        lambda: promote("m", 1, store, gate=Gate()),
+        lambda: rollback("m", store),
+    ):
+        with pytest.raises(UserError, match=r"^MLflow at sqlite:.*: file is not a database; check the address") as told:
+            use()
+        assert "\n" not in str(told.value)
+
+
 def test_a_registry_of_many_models_knows_each_of_them(tmp_path: Path, checkpoint: Path) -> None:
     store = f"sqlite:///{tmp_path}/many.db"
     client = MlflowClient(tracking_uri=store)

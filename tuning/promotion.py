@@ -59,8 +59,8 @@ def promote(
         UserError: no such model or version, no data to judge on, data that do not fit, another champion since, or
             a registry that fails.
     """
-    client = existing_client(tracking_uri)
     with explained(tracking_uri):
+        client = existing_client(tracking_uri)
         new = version_of(client, name, str(version))
         champion = holder_of(client, name, CHAMPION)
     if gate.kind == "none":
@@ -90,8 +90,8 @@ def rollback(name: str, tracking_uri: str) -> Rollback:
     Raises:
         UserError: no such model, nothing to go back to, or a registry that fails.
     """
-    client = existing_client(tracking_uri)
     with explained(tracking_uri):
+        client = existing_client(tracking_uri)
         old, past = holder_of(client, name, CHAMPION), _past(client, name)
         kept = [] if old is None else _reachable(client, name, past, str(old.version))
         if old is None or not kept:

@@ -12,6 +12,7 @@ from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 from mpc.checkpoint import INFO, read_info
 from mpc.config import CheckpointInfo
@@ -77,8 +78,8 @@ def register(
     if not NAME.fullmatch(name):
         raise UserError(f"model name {name!r}: use one word without / : @, such as mpc-cxr")
     info = read_info(checkpoint)
-    client = client_of(tracking_uri)
     with TemporaryDirectory(prefix="mpc-cxr-") as work, explained(tracking_uri):
+        client = client_of(tracking_uri)
         origin = {**_origin(lineage), **(lineage.tags(client) if lineage else {})}
         card = model_card(name, info, origin=origin, evaluation=evaluation, data=data)
         write_package(checkpoint, info, Path(work) / "model")
@@ -118,9 +119,9 @@ def download(uri: str, tracking_uri: str) -> Path:
     match = URI.fullmatch(uri)
     if match is None:
         raise UserError(f"{uri!r} is no registered model; write models:/NAME@{CHAMPION} or models:/NAME/VERSION")
-    client = existing_client(tracking_uri)
     name = match["name"]
     with explained(tracking_uri):
+        client = existing_client(tracking_uri)
         version = (
             version_of(client, name, match["version"]) if match["version"] else _aliased(client, name, match["alias"])
         )
@@ -148,7 +149,7 @@ def download(uri: str, tracking_uri: str) -> Path:
 
 
 class explained:  # noqa: N801
-    """Turns what MLflow raises into one line for the user."""
+    """Turns what MLflow, and the database behind a client of it, raise into one line for the user."""
 
     def __init__(self, tracking_uri: str) -> None:
         self.tracking_uri = tracking_uri
@@ -157,8 +158,8 @@ class explained:  # noqa: N801
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, MlflowException):
-            text = " ".join(str(error).split())[:300]
+        if isinstance(error, MlflowException | SQLAlchemyError):
+            text = " ".join(str(getattr(error, "orig", error)).split())[:300]
             raise UserError(f"MLflow at {self.tracking_uri}: {text}; check the address and that it runs") from error
 
 
