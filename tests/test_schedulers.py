@@ -8,17 +8,20 @@ from typing import Any
 import pytest
 import torch
 from pages import Page
+from ray.train import Checkpoint
 from runs import PlainHost
 
 from infra.settings import load, run_config
 from mpc.checkpoint import read_info
 from mpc.config import PixelSpec
 from pipeline.card import read_card
+from pipeline.checkpoints import Found
 from pipeline.config import RunConfig
 from pipeline.loop import Loop
 from pipeline.record import MetricsLog
 from tuning.config import SearchConfig
 from tuning.domains import Dimension, Space
+from tuning.keeping import best_of
 from tuning.outcome import SearchResult, Trial, pareto
 from tuning.report import write_search
 from tuning.search import search
@@ -106,6 +109,19 @@ def check_replay(trial: Trial, leg: dict[str, Any], data: str, out: Path, folder
     for line in own:
         assert line["loss_sup"] == again[line["epoch"]]["loss_sup"]
         assert line["settings"] == again[line["epoch"]]["settings"]
+
+
+def test_epochs_that_a_population_left_behind_are_no_longer_the_best() -> None:
+    """At epoch 6 the trial went back to another one's epoch 3: its own epochs 4 to 6 are no part of what it became."""
+    epochs = [(3, 0.6), (4, 0.85), (6, 0.7), (4, 0.83), (5, 0.83)]
+    stored = [
+        Found(Checkpoint(f"/checkpoint_{number}"), number, {"epoch": epoch, "val_macro_auroc": value})
+        for number, (epoch, value) in enumerate(epochs)
+    ]
+    history = [{"epoch": epoch, "val_macro_auroc": value} for epoch, value in (epochs[0], *epochs[3:])]
+    best = best_of(stored, history, SearchConfig())
+    assert best is stored[4], "the latest of equals that are recorded"
+    assert best_of(stored[:3], history[1:], SearchConfig()) is None
 
 
 def test_a_grid_tries_every_point_and_the_median_stops_what_falls_behind(few_data: str, tmp_path: Path) -> None:

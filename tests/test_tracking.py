@@ -120,6 +120,19 @@ def test_records_wait_for_a_server_that_comes_back(uri: str, tmp_path: Path) -> 
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
 
 
+def test_an_epoch_trained_again_is_logged_as_it_was_recorded_last(uri: str) -> None:
+    """Population based training may take a trial back to an epoch of another one."""
+    for loss in (1.0, 0.9, 0.9, 0.8):
+        tracker = Tracker(uri, "test")
+        run = tracker.start_run(record("one"))
+        tracker.log_epoch(run, {"loss": loss, "val": 0.5}, 1)
+        assert tracker.close() == 0
+    client = MlflowClient(tracking_uri=uri)
+    assert [metric.value for metric in client.get_metric_history(str(run.run_id), "val")] == [0.5], "what is known"
+    assert [metric.value for metric in client.get_metric_history(str(run.run_id), "loss")] == [1.0, 0.9, 0.8]
+    assert client.get_run(str(run.run_id)).data.metrics == {"loss": 0.8, "val": 0.5}
+
+
 def test_a_record_at_fault_is_dropped_and_does_not_block(uri: str, tmp_path: Path) -> None:
     tracker = Tracker(uri, "test")
     run = tracker.start_run(record("one"))

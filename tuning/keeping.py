@@ -82,11 +82,11 @@ class Keep(Callback):  # type: ignore[misc]
         """Leaves a trial what it, or another one, may go on from."""
         if not trial.is_finished():
             found = found_in(storage.join(self.state, name_of(trial)))
-            self._leave(found, [*found[-self.latest :], *self._best(found)], _gone_on_from(trials))
+            self._leave(found, [*found[-self.latest :], *self._best(name_of(trial), found)], _gone_on_from(trials))
 
-    def _best(self, found: Sequence[Found]) -> list[Found]:
-        """The checkpoint with the best value, if any has one."""
-        best = best_of(found, self.config)
+    def _best(self, name: str, found: Sequence[Found]) -> list[Found]:
+        """Of a trial's checkpoints the one with the best value, if any has one."""
+        best = best_of(found, MetricsLog(storage.join(self.trials, name)).read(), self.config)
         return [] if best is None else [best]
 
     def _leave(self, found: Sequence[Found], wanted: Sequence[Found], needed: Collection[str]) -> None:
@@ -106,7 +106,7 @@ class Keep(Callback):  # type: ignore[misc]
             name = name_of(trial)
             if name in best:
                 found = found_in(storage.join(self.state, name))
-                self._leave(found, self._best(found), needed)
+                self._leave(found, self._best(name, found), needed)
             elif name not in self._swept:
                 delete_checkpoints(self.state, self.trials, name, needed)
                 self._swept.add(name)
@@ -118,10 +118,16 @@ def _gone_on_from(trials: list[Trial], ended: Trial | None = None) -> set[str]:
     return {trial.checkpoint.path for trial in left if trial.checkpoint}
 
 
-def best_of(found: Sequence[Found], config: SearchConfig) -> Found | None:
-    """The checkpoint with the best value of the metric; of equals, the latest."""
+def best_of(found: Sequence[Found], history: Sequence[dict[str, Any]], config: SearchConfig) -> Found | None:
+    """The checkpoint with the best value of the metric; of equals, the latest.
+
+    Only those count whose epoch is in the trial's record as it was stored: population based training may take a trial
+    back to an epoch of another one, and its own epochs since then are no part of what it became.
+    """
+    recorded = {(line["epoch"], line.get(config.metric)) for line in history}
     valued = [item for item in found if config.metric in item.metrics]
-    return max(reversed(valued), key=lambda item: config.sign * item.metrics[config.metric], default=None)
+    kept = [item for item in valued if (item.metrics["epoch"], item.metrics[config.metric]) in recorded]
+    return max(reversed(kept), key=lambda item: config.sign * item.metrics[config.metric], default=None)
 
 
 def delete_checkpoints(state: str, trials: str, name: str, needed: Collection[str] = ()) -> None:

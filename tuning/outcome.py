@@ -195,9 +195,10 @@ class Conclusion:
         return legs
 
     def _best_epoch(self, history: Sequence[Mapping[str, Any]]) -> float:
-        """The epoch with the best value; 0 without one."""
+        """The epoch with the best value, of equals the latest; 0 without one."""
         best = best_value([dict(line) for line in history], self.config)
-        return next((line["epoch"] for line in history if best is not None and line[self.config.metric] == best), 0)
+        values = {line["epoch"]: line.get(self.config.metric) for line in history}
+        return max((epoch for epoch, value in values.items() if value is not None and value == best), default=0)
 
     def _ranked(self, trials: Sequence[Trial]) -> list[Trial]:
         """What ended well and has a value, the best first."""
@@ -209,7 +210,8 @@ class Conclusion:
         if self.run.train.num_workers > 1:  # its checkpoints lie with Ray Train, in the trial's own folder
             stored = best_stored(storage.join(self.folder, name, STORAGE_NAME))
             return stored[0] if stored else None
-        best = best_of(found_in(storage.join(self.out, STATE, name)), self.config)
+        history = MetricsLog(storage.join(self.folder, name)).read()
+        best = best_of(found_in(storage.join(self.out, STATE, name)), history, self.config)
         return best.checkpoint if best else None
 
 

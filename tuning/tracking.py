@@ -68,7 +68,8 @@ class TrackedRun:
     def __init__(self, record: RunRecord, parent: "TrackedRun | None" = None) -> None:
         self.record, self.parent = record, parent
         self.run_id: str | None = None
-        self.logged: set[tuple[str, int]] = set()
+        self.logged: dict[tuple[str, int], float] = {}
+        """The newest value of each metric at each step."""
         self.waiting: deque[Operation] = deque()
 
 
@@ -107,15 +108,18 @@ class Tracker:
         return run
 
     def log_epoch(self, run: TrackedRun, metrics: Mapping[str, object], step: int) -> None:
-        """One batch of metrics at `step`; what is no finite number is left out, what is known is not repeated."""
+        """One batch of metrics at `step`; what is no finite number is left out, what is known is not repeated.
+
+        An epoch that was trained again, from other weights perhaps, adds its values: the newest of a step counts.
+        """
         now = int(time.time() * 1000)
         batch = [Metric(name, value, now, step) for name, value in finite(metrics).items()]
 
         def send(client: MlflowClient, run_id: str) -> None:
-            fresh = [metric for metric in batch if (metric.key, step) not in run.logged]
+            fresh = [metric for metric in batch if run.logged.get((metric.key, step)) != metric.value]
             for start in range(0, len(fresh), METRICS_A_BATCH):
                 client.log_batch(run_id, metrics=fresh[start : start + METRICS_A_BATCH])
-            run.logged.update((metric.key, step) for metric in fresh)
+            run.logged.update({(metric.key, step): metric.value for metric in fresh})
 
         self._submit(run, send)
 
@@ -264,4 +268,5 @@ def _continue(client: MlflowClient, run: TrackedRun, run_id: str) -> None:
     if run.record.status is Status.RUNNING:
         client.update_run(run_id, status=Status.RUNNING.value)
     for name in client.get_run(run_id).data.metrics:
-        run.logged.update((name, metric.step) for metric in client.get_metric_history(run_id, name))
+        history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.timestamp)
+        run.logged.update({(name, metric.step): metric.value for metric in history})

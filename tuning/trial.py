@@ -166,10 +166,10 @@ def run_trial(params: dict[str, Any], *, base: dict[str, Any], search: dict[str,
     folder, state = (storage.join(out, part, trial_id) for part in (TRIALS, STATE))
     settings = params.get(CELL, params)
     run = apply(RunConfig.model_validate(base), settings, f"trial {trial_id}")
-    if config.scheduler == "pbt":
-        run = continued(run, settings, newest(tune.get_checkpoint(), state), folder)
     # a trial reports and saves at the ends of epochs alone: the scheduler must find its metric in every report
     run = run.model_copy(update={"train": run.train.model_copy(update={"checkpoint_every": 0})})
+    if config.scheduler == "pbt":
+        run = continued(run, settings, newest(tune.get_checkpoint(), state), folder)
     cost = mflops(run, card) if config.cost == "mflops" else None
     if run.train.num_workers > 1:
         from pipeline.train import train
