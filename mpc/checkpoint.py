@@ -48,7 +48,7 @@ def save(
         model: its state_dict is saved.
         ema: averaged weights under the same keys.
         training_state: tensors, numbers, strings, None, and dicts, lists, tuples of them.
-        metadata: the rest.
+        metadata: the rest; `sizes` is made here.
 
     Raises:
         TypeError: `training_state` holds something that a safe reader would refuse.
@@ -65,7 +65,9 @@ def save(
             save_file(_on_cpu(ema), fresh / "ema.safetensors")
         if training_state is not None:
             torch.save(training_state, fresh / TRAINING_STATE)
-        (fresh / INFO).write_text(metadata.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        sizes = {path.name: path.stat().st_size for path in sorted(fresh.iterdir())}
+        text = metadata.model_copy(update={"sizes": sizes}).model_dump_json(indent=2)
+        (fresh / INFO).write_text(text + "\n", encoding="utf-8")
         for path in (*fresh.iterdir(), fresh):
             _flush(path)
         if folder.exists():

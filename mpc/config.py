@@ -74,6 +74,8 @@ class CheckpointInfo(Config):
     """Identity of the data set."""
     git_commit: str | None
     versions: dict[str, str]
+    sizes: dict[str, int] = {}
+    """Bytes of each file beside this one: how a copy that was cut short is told from a whole one."""
 
 
 class PerturbConfig(Config):

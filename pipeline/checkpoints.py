@@ -44,18 +44,25 @@ def found_in(folder: str) -> list[Found]:
     filesystem, path = storage.resolve(folder)
     entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     places = [entry.path for entry in entries if entry.base_name.startswith("checkpoint_")]
-    found = [_found(Checkpoint(place, filesystem)) for place in places]
+    found = [whole(Checkpoint(place, filesystem)) for place in places]
     return sorted((item for item in found if item is not None), key=lambda item: item.written)
 
 
-def _found(checkpoint: Checkpoint) -> Found | None:
-    """None while a file is missing: it is still being written, or was left behind."""
+def whole(checkpoint: Checkpoint) -> Found | None:
+    """None where a file is missing or shorter than it was saved: it is being written, was left behind, or cut short."""
     infos = checkpoint.filesystem.get_file_info([f"{checkpoint.path}/{part}" for part in PARTS])
     if not all(info.is_file for info in infos):
         return None
     with checkpoint.filesystem.open_input_file(infos[0].path) as file:
-        metrics = json.loads(file.readall())["metrics"]
-    return Found(checkpoint, infos[0].mtime.timestamp(), metrics)
+        text = file.readall()
+    try:
+        record = json.loads(text)
+    except ValueError:  # cut short itself
+        return None
+    sizes = record.get("sizes", {})  # older checkpoints have none
+    if any(info.size != sizes.get(info.base_name, info.size) for info in infos):
+        return None
+    return Found(checkpoint, infos[0].mtime.timestamp(), record["metrics"])
 
 
 def publish(checkpoint: Checkpoint, out: str) -> str:

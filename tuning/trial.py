@@ -12,10 +12,10 @@ from ray import tune
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpc.build import build_model
-from mpc.checkpoint import INFO, read_info
+from mpc.checkpoint import read_info
 from pipeline import storage
 from pipeline.card import DatasetCard, read_card
-from pipeline.checkpoints import found_in, opened
+from pipeline.checkpoints import found_in, opened, whole
 from pipeline.config import RunConfig
 from pipeline.dotted import flat
 from pipeline.host import Host, Metrics
@@ -92,7 +92,7 @@ def newest(given: tune.Checkpoint | None, state: str) -> tune.Checkpoint | None:
 
     A killed driver had not noted the last ones, and may have noted one that is no longer kept.
     """
-    if given is not None and given.filesystem.get_file_info(f"{given.path}/{INFO}").is_file:
+    if given is not None and whole(given):
         return given
     found = found_in(state)
     return found[-1].checkpoint if found else None
