@@ -8,7 +8,7 @@ import pytest
 from factory import bare_card, tiny_checkpoint
 from mlflow.tracking import MlflowClient
 
-from mpc.errors import MissingError
+from mpc.errors import MissingError, UserError
 from pipeline.config import RunConfig, TrainConfig
 from pipeline.record import MetricsLog
 from tuning.listeners import MlflowCallback, RunListener, close_run, open_run, read_record
@@ -86,6 +86,16 @@ def test_a_lost_run_is_replayed_once(out: str, tmp_path: Path) -> None:
     assert second.data.params["train.epochs"] == "3"
 
 
+def test_records_that_the_server_refuses_are_told(out: str, tmp_path: Path) -> None:
+    report(Tracker("http://127.0.0.1:9", pause=60.0), out, range(1, 3))
+    MetricsLog(out).add({"epoch": 3, "loss_*": 1.0})
+    uri = default_uri(str(tmp_path / "server"))
+    with pytest.raises(UserError, match="refused 1 of the records"):
+        sync(out, uri)
+    (run,) = runs_of(uri)
+    assert run.data.metrics["loss"] == 0.5
+
+
 def test_a_folder_without_runs(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingError, match=r"tracking\.json"):
@@ -107,6 +117,8 @@ def test_a_search_is_a_parent_with_a_child_a_trial(out: str, tmp_path: Path) -> 
     tracker = Tracker(uri)
     parent = open_run(tracker, out, "search", config={"search": {"max_trials": 2}}, tags={"searcher": "random"})
     callback = MlflowCallback(tracker, parent, f"{out}/trials", tags={"data.digest": CARD.digest})
+    # what a killed driver leaves of a trial that Tune had not noted
+    open_run(tracker, f"{out}/trials/lost", "lost", config={}, tags={"trial_id": "lost"}, parent=parent)
     tuner = tune.Tuner(
         trainable,
         param_space={"optim.lr": tune.grid_search([0.1, 0.9])},
@@ -119,7 +131,8 @@ def test_a_search_is_a_parent_with_a_child_a_trial(out: str, tmp_path: Path) -> 
 
     found = {run.data.tags.get("trial_id", "parent"): run for run in runs_of(uri)}
     top = found.pop("parent")
-    assert len(found) == 2
+    assert len(found) == 3
+    assert found.pop("lost").info.status == "KILLED"
     assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {top.info.run_id}
     by_rate = {run.data.params["optim.lr"]: run for run in found.values()}
     assert {rate: run.info.status for rate, run in by_rate.items()} == {"0.1": "FINISHED", "0.9": "FAILED"}
@@ -130,7 +143,7 @@ def test_a_search_is_a_parent_with_a_child_a_trial(out: str, tmp_path: Path) -> 
     assert by_rate["0.1"].data.tags[KEY_TAG].startswith(top.data.tags[KEY_TAG] + "/")
 
     other = default_uri(str(tmp_path / "other"))
-    assert sync(out, other).runs == 3
+    assert sync(out, other).runs == 4
     copied = {run.data.tags.get("trial_id", "parent"): run for run in runs_of(other)}
     assert copied["parent"].info.status == "FINISHED"
     assert all(

@@ -43,6 +43,13 @@ def read_record(folder: str) -> RunRecord | None:
     return RunRecord.model_validate_json(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
+def records_below(folder: str) -> list[tuple[str, RunRecord]]:
+    """Each folder at or below `folder` with its record, parents first."""
+    places = [uri.replace(f"/{RECORD}", "") for uri in storage.list_files(folder, suffixes=(RECORD,))]
+    found = [(place, record) for place in sorted(places) if (record := read_record(place)) is not None]
+    return sorted(found, key=lambda item: item[1].parent is not None)
+
+
 def write_record(folder: str, record: RunRecord) -> None:
     """Writes `record` beside the run's metrics.jsonl."""
     storage.write_bytes(storage.join(folder, RECORD), record.model_dump_json(indent=1).encode())
@@ -242,12 +249,19 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
         self._end(trial, Status.FAILED if failed else Status.FINISHED)
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
-        """The search has ended, and with it trials that had not: Tune tells of no other end of those."""
-        for trial in trials:
-            with surviving(f"{RECORD} of trial {name_of(trial)}"):
-                record = read_record(self._folder(trial))
-                if record is not None and record.status is Status.RUNNING:
-                    self._end(trial, Status.KILLED if interrupted() else Status.FINISHED)
+        """The search has ended, and with it what had not: Tune tells of no other end of those.
+
+        A trial that Tune does not know was killed with its driver before that had noted it.
+        """
+        known = {self._folder(trial): trial for trial in trials}
+        with surviving(f"{RECORD} of trials that had not ended"):
+            for folder, record in records_below(self.trials):
+                if record.status is not Status.RUNNING:
+                    continue
+                if folder in known:
+                    self._end(known[folder], Status.KILLED if interrupted() else Status.FINISHED)
+                else:
+                    close_run(self.tracker, folder, self.tracker.start_run(record, self.parent), Status.KILLED)
 
     def _end(self, trial: Trial, status: Status) -> None:
         self.log_trial_start(trial)

@@ -3,11 +3,10 @@
 from typing import NamedTuple
 
 from mpc.errors import MissingError, UserError
-from pipeline import storage
 from pipeline.record import MetricsLog
 from tuning import journal
-from tuning.listeners import RECORD, log_data, read_record
-from tuning.record import RunRecord, Status, epoch_metrics
+from tuning.listeners import RECORD, log_data, records_below
+from tuning.record import Status, epoch_metrics
 from tuning.searchers import COST
 from tuning.tracking import TrackedRun, Tracker
 
@@ -28,9 +27,9 @@ def sync(folder: str, tracking_uri: str) -> SyncSummary:
         tracking_uri: server or database.
 
     Raises:
-        UserError: no run was recorded there, or the server does not take them.
+        UserError: no run was recorded there, the server does not take them, or refuses some.
     """
-    records = _records(folder)
+    records = records_below(folder)
     if not records:
         raise MissingError(f"{folder}: no {RECORD} below it; give the --out folder of a train or tune run")
     trackers: dict[str, Tracker] = {}
@@ -57,11 +56,10 @@ def sync(folder: str, tracking_uri: str) -> SyncSummary:
     left = sum(tracker.close() for tracker in trackers.values())
     if left:
         raise UserError(f"MLflow at {tracking_uri} did not take {left} records; see that it runs, then sync again")
+    refusals = [(tracker.dropped, tracker.refusal) for tracker in trackers.values() if tracker.dropped]
+    if refusals:
+        count = sum(dropped for dropped, _ in refusals)
+        raise UserError(
+            f"MLflow at {tracking_uri} refused {count} of the records: {refusals[0][1]}; all others are there"
+        )
     return SyncSummary(len(runs), epochs, tracking_uri)
-
-
-def _records(folder: str) -> list[tuple[str, RunRecord]]:
-    """Each folder at or below `folder` with its record, parents first."""
-    places = [uri.replace(f"/{RECORD}", "") for uri in storage.list_files(folder, suffixes=(RECORD,))]
-    found = [(place, record) for place in sorted(places) if (record := read_record(place)) is not None]
-    return sorted(found, key=lambda item: item[1].parent is not None)

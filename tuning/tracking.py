@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -41,8 +40,6 @@ class Verdict(StrEnum):
 
 def judge(error: Exception) -> Verdict:
     """Whether the server may take the same record later (it is away or busy) or never will (the record is at fault)."""
-    if isinstance(error, FileNotFoundError):
-        return Verdict.DROP
     busy = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "IO_ERROR"}
     if isinstance(error, MlflowException):
         raced = any(name in str(error) for name in RACES)  # MLflow answers that as a bad request
@@ -89,6 +86,8 @@ class Tracker:
         self.uri, self.experiment, self.pause = check_uri(uri), experiment, pause
         self.failures = 0
         self.dropped = 0
+        self.refusal = ""
+        """What the server said of the first record that was dropped."""
         self._client: MlflowClient | None = None
         self._experiment_id: str | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
@@ -151,11 +150,6 @@ class Tracker:
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
         self._submit(run, lambda client, run_id: client.log_inputs(run_id, datasets=[entry]))
 
-    def log_artifact(self, run: TrackedRun, path: Path, folder: str | None = None) -> None:
-        """A local file or folder, as it is when its turn comes."""
-        send = MlflowClient.log_artifacts if path.is_dir() else MlflowClient.log_artifact
-        self._submit(run, lambda client, run_id: send(client, run_id, str(path), folder))
-
     def end_run(self, run: TrackedRun, status: Status) -> None:
         """The run's last word: FINISHED, FAILED or KILLED."""
 
@@ -176,17 +170,19 @@ class Tracker:
         return done.result()
 
     def close(self) -> int:
-        """Flushes and stops; the number of records that the server never took, also told as one warning."""
+        """Flushes and stops; the number of records that wait in vain. They are told, and so are those refused."""
         left = self.flush()
         self._thread.shutdown()
         _trackers.pop((self.uri, self.experiment), None)
-        if left or self.dropped:
+        if left:
             log.warning(
                 "MLflow at %s did not take %d records (%d failures); `mpc-cxr sync` replays them from metrics.jsonl",
                 urlsplit(self.uri).hostname or "its database",
-                left + self.dropped,
+                left,
                 self.failures,
             )
+        if self.dropped:
+            log.warning("MLflow refused %d records, the first: %s", self.dropped, self.refusal)
         return left
 
     def _submit(self, run: TrackedRun, operation: Operation) -> None:
@@ -217,12 +213,13 @@ class Tracker:
     def _failed(self, run: TrackedRun, error: Exception) -> Verdict:
         """Counts a failure, tells the first one, and pauses or drops the record."""
         verdict = judge(error) if run.run_id else Verdict.RETRY
-        told = log.debug if self.failures else log.warning
-        told("MLflow: %s: %s (%s); the run goes on", type(error).__name__, str(error).split("\n")[0][:200], verdict)
+        told, text = log.debug if self.failures else log.warning, str(error).split("\n")[0][:200]
+        told("MLflow: %s: %s (%s); the run goes on", type(error).__name__, text, verdict)
         self.failures += 1
         if verdict is Verdict.DROP:
             run.waiting.popleft()
             self.dropped += 1
+            self.refusal = self.refusal or text
         else:
             self._quiet_until = time.monotonic() + self.pause
         return verdict
