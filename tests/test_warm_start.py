@@ -1,5 +1,6 @@
 """Trials of an earlier search in a real MLflow database as the beginning of another one."""
 
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,6 +13,7 @@ from tuning.config import SearchConfig
 from tuning.domains import Dimension, Space
 from tuning.record import RunRecord, Status
 from tuning.searchers import STUDY, Known, make_proposals
+from tuning.store import client_of
 from tuning.tracking import Tracker
 from tuning.warm import Target, earlier_trials
 
@@ -111,6 +113,16 @@ def test_a_search_is_found_by_its_run_id_and_missed_by_no_other_name(uri: str) -
         beginning(uri, "double")
     with pytest.raises(MissingError, match="no search nothing"):
         beginning(uri, "nothing")
+
+
+def test_looking_up_a_search_makes_nothing(uri: str, tmp_path: Path) -> None:
+    target = Target(BASE, SearchConfig(warm_start=("before",)), SPACE, "d")
+    with pytest.raises(MissingError, match="no MLflow store at"):
+        earlier_trials(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}", "test", target)
+    assert not list(tmp_path.iterdir()), "the corrected command would find --out not empty"
+    with pytest.raises(MissingError, match="no search before"):
+        earlier_trials(uri, "another", target)
+    assert client_of(uri).get_experiment_by_name("another") is None
 
 
 def test_a_server_that_is_away_is_one_line() -> None:

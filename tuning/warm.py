@@ -13,7 +13,7 @@ from tuning.config import SearchConfig
 from tuning.domains import CHOICE, Dimension, Settings, Space
 from tuning.record import flatten
 from tuning.searchers import Beginning, Known
-from tuning.store import client_of, experiment_id
+from tuning.store import existing_client
 from tuning.tracking import PARENT_TAG
 
 ANYWHERE = ("train.log_every", "train.keep", "train.max_failures", "train.eval_batch_size", "train.seed",
@@ -39,15 +39,14 @@ class _Misfit(Exception):  # noqa: N818, no error: a reason
 
 
 def earlier_trials(uri: str, experiment: str, target: Target) -> Beginning:
-    """Reads the trials of `search.warm_start` from MLflow.
+    """Reads the trials of `search.warm_start` from MLflow, and makes nothing there.
 
     Raises:
         UserError: a search that is not there, whose name stands for several, or a server that does not answer.
     """
-    client = client_of(uri)
+    client = existing_client(uri)
     try:
-        place = experiment_id(client, uri, experiment)
-        searches = [_search(client, place, name) for name in target.config.warm_start]
+        searches = [_search(client, experiment, name) for name in target.config.warm_start]
         runs = [(search, run) for search in searches for run in _trials(client, search)]
         return _sorted_out(client, runs, target)
     except MlflowException as error:
@@ -67,11 +66,11 @@ def _sorted_out(client: MlflowClient, runs: Sequence[tuple[Run, Run]], target: T
 
 def _search(client: MlflowClient, experiment: str, name: str) -> Run:
     """A search by its run id or its name."""
-    text = name.replace("'", "")
+    text, place = name.replace("'", ""), client.get_experiment_by_name(experiment)
     found = [
         run
         for key in ("attributes.run_id", "attributes.run_name")
-        for run in client.search_runs([experiment], f"{key} = '{text}'", max_results=10)
+        for run in client.search_runs([place.experiment_id] if place else [], f"{key} = '{text}'", max_results=10)
         if PARENT_TAG not in run.data.tags
     ]
     if not found:
