@@ -12,6 +12,7 @@ from infra.tracking import tracking_uri
 from pipeline import storage
 from pipeline.config import RunConfig
 from pipeline.dotted import merge, nested, parsed, validate
+from pipeline.setup import located
 from tuning.benchmark.protocol import Protocol, combinations
 from tuning.benchmark.report import write_page, write_table
 from tuning.benchmark.run import Follower, benchmark
@@ -62,11 +63,7 @@ def _method(protocol: Protocol, name: str, where: str) -> RunConfig:
     entry = protocol.methods[name]
     tree = settings.read(entry.preset) if entry.preset else {}
     tree = {section: values for section, values in tree.items() if section in RunConfig.model_fields}
-    run = validate(RunConfig, merge(merge(tree, protocol.run), entry.run), f"{where}: methods.{name}")
-    if run.model.weights in ("none", "imagenet"):
-        return run
-    weights = storage.absolute(run.model.weights)  # cells train in other processes, from other folders
-    return run.model_copy(update={"model": run.model.model_copy(update={"weights": weights})})
+    return located(validate(RunConfig, merge(merge(tree, protocol.run), entry.run), f"{where}: methods.{name}"))
 
 
 def run(

@@ -88,6 +88,10 @@ class PerturbConfig(Config):
     which then runs once more on the weak view."""
 
 
+NO_FILE = ("none", "imagenet")
+"""Values of `model.weights` that name no file."""
+
+
 class ModelConfig(Config):
     """The shared network: a timm backbone and one linear head."""
 

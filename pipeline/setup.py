@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mpc import update
 from mpc.build import build_model
+from mpc.config import NO_FILE
 from mpc.device_views import DeviceViews
 from mpc.errors import UserError
 from mpc.method import Batch
@@ -30,10 +31,18 @@ class Timed:
         self.batch, self.waited = batch, waited
 
 
+def located(run: RunConfig) -> RunConfig:
+    """The run with its pretrained weights where processes that work in other folders find them, too."""
+    if run.model.weights in NO_FILE:
+        return run
+    weights = storage.absolute(run.model.weights)
+    return run.model_copy(update={"model": run.model.model_copy(update={"weights": weights})})
+
+
 def make_model(run: RunConfig, card: DatasetCard) -> Classifier:
     """The network of a run, with its pretrained weights where `model.weights` names a file."""
     weights, tensors = run.model.weights, None
-    if weights not in ("none", "imagenet"):
+    if weights not in NO_FILE:
         tensors = read_tensors(storage.read_bytes(weights), weights)
     return build_model(run, len(card.findings), card.pixels, tensors=tensors, amp=run.train.amp)
 

@@ -25,7 +25,7 @@ from pipeline.plan import make_plan
 from pipeline.preflight import preflight, shortage
 from pipeline.record import MetricsLog, claim
 from pipeline.scoring import require_validation
-from pipeline.setup import make_model
+from pipeline.setup import located, make_model
 from pipeline.wish import Wish
 from pipeline.worker import STORAGE_NAME
 
@@ -65,7 +65,7 @@ def train(
         UserError: settings, data or weights that do not fit; a run in `out` without `resume`; a loss that diverged.
         StoppedError: SIGTERM came; the checkpoint of the step that it came in is stored.
     """
-    data, out = storage.absolute(data), storage.absolute(out)
+    run, data, out = located(run), storage.absolute(data), storage.absolute(out)
     card = read_card(data)
     require_validation(card, run.data.val_labels)
     plan = make_plan(card, seed=run.train.seed, batch_size=run.train.batch_size)

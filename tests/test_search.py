@@ -6,14 +6,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
+import torch
 from ray.tune.search.optuna import OptunaSearch
+from safetensors.torch import save_file
 from searches import Searches, epochs_of, write_space
 
-from mpc.checkpoint import read_info
+from mpc.checkpoint import load_weights, read_info
 from mpc.errors import UserError
 from pipeline import runtime
 from pipeline.config import RunConfig
 from pipeline.record import MetricsLog, claim
+from pipeline.train import train
 from tuning import space as spaces
 from tuning.config import SearchConfig
 from tuning.outcome import SearchResult, identity
@@ -114,6 +118,46 @@ def test_failed_trials_that_are_resumed_leave_cpus_for_data(few_data: str, tmp_p
         assert sorted(trial.status for trial in result.trials) == ["failed", "failed", "finished"]
     assert (len(first.started), first.most) == (3, 1)
     assert (len(again.started), again.most) == (2, 1)
+
+
+def test_pretrained_weights_are_found_from_here_and_read_in_trials(
+    few_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = timm.create_model("test_efficientnet_gn", in_chans=1, num_classes=0)
+    save_file(network.state_dict(), tmp_path / "pretrained.safetensors")
+    monkeypatch.chdir(tmp_path)
+    base = SMALL.model_copy(
+        update={
+            "model": SMALL.model.model_copy(update={"weights": "pretrained.safetensors"}),
+            "train": SMALL.train.model_copy(update={"epochs": 1}),
+        }
+    )
+    config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=1, max_concurrent=1)
+    space = Space((Dimension("optim.lr", "choice", (1e-9,)),))
+    result = search(base, config, space, few_data, "s")
+    found = load_weights(Path(result.best_checkpoint), "model")
+    first = next(iter(network.state_dict()))
+    torch.testing.assert_close(found[f"backbone.{first}"], network.state_dict()[first], atol=1e-5, rtol=0)
+    trained = train(base.model_copy(update={"optim": base.optim.model_copy(update={"lr": 1e-9})}), few_data, "t")
+    found = load_weights(Path(trained.best_checkpoint), "model")
+    torch.testing.assert_close(found[f"backbone.{first}"], network.state_dict()[first], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "space", "message"),
+    [
+        ({"weights": "nowhere.pth"}, Space(()), r"nowhere\.pth"),
+        ({"backbone": "densnet121"}, Space(()), r"densnet121.*near: "),
+        ({}, Space((Dimension("model.weights", "choice", ("none", "x.pth")),)), r"model\.weights x\.pth: .*whole path"),
+    ],
+)
+def test_a_network_that_no_trial_could_build_is_refused(
+    few_data: str, tmp_path: Path, model: dict[str, str], space: Space, message: str
+) -> None:
+    base = SMALL.model_copy(update={"model": SMALL.model.model_copy(update=model)})
+    with pytest.raises(UserError, match=message):
+        search(base, SearchConfig(**LOSS, max_trials=1), space, few_data, str(tmp_path / "s"))
+    assert not (tmp_path / "s").exists()
 
 
 def check_what_lies_there(out: Path, result: SearchResult, keep: int) -> None:

@@ -12,12 +12,14 @@ from ray import tune
 from ray.tune import Callback, Stopper
 from ray.tune.execution import class_cache
 
+from mpc.config import NO_FILE
 from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
 from pipeline.config import RunConfig
 from pipeline.record import RUN_FILE, claim
 from pipeline.scoring import require_validation
+from pipeline.setup import located, make_model
 from tuning.budget import Hours
 from tuning.config import SearchConfig
 from tuning.domains import Space
@@ -71,7 +73,7 @@ def search(
         UserError: settings that do not fit the cluster or the data; nothing to resume; no trial that ended well.
         KeyboardInterrupt: Ctrl-C; the search can be resumed.
     """
-    data, out = storage.absolute(data), storage.absolute(out)
+    run, data, out = located(run), storage.absolute(data), storage.absolute(out)
     if resume and not storage.exists(storage.join(out, RUN_FILE)):
         raise MissingError(f"--out {out} holds no search to resume; start it without --resume")
     card = read_card(data)
@@ -99,7 +101,7 @@ def check(run: RunConfig, config: SearchConfig, space: Space, card: DatasetCard,
     """Refuses what no search could do, on whatever cluster.
 
     Raises:
-        UserError: settings that do not fit each other or the data.
+        UserError: settings that do not fit each other or the data, or a network that cannot be built.
     """
     if run.train.min_workers is not None:
         raise UserError("train.min_workers: trials keep their number of workers; unset it and set train.num_workers")
@@ -108,7 +110,12 @@ def check(run: RunConfig, config: SearchConfig, space: Space, card: DatasetCard,
             f"search.metric={config.metric} is not train.metric={run.train.metric}, by which a trial with several "
             f"workers keeps its best checkpoint; set both alike, or train.num_workers=1"
         )
+    for dimension in space.dimensions:
+        for value in dimension.values if dimension.path == "model.weights" else ():
+            if value not in NO_FILE and storage.absolute(value) != value:
+                raise UserError(f"space: model.weights {value}: trials work in other folders; write the whole path")
     require_validation(card, run.data.val_labels)
+    make_model(run, card)
     make_scheduler(config, run, space, storage.join(out, TRIALS))
 
 

@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from infra import settings as files
 from infra.cluster import ClusterConfig
 from infra.settings import Settings
+from mpc.config import NO_FILE
 from mpc.errors import UserError
 from pipeline import storage
 from pipeline.dotted import flat
@@ -22,8 +23,6 @@ PLACES = ("data", "out", "root", "images", "checkpoint")
 """Flags that name places."""
 FILES = ("model.weights", "prepare.key_file", "prepare.split.file", "prepare.table.file")
 """Settings that name files."""
-BUILT_IN = ("none", "imagenet")
-"""Weights that are no file."""
 
 
 class Call(NamedTuple):
@@ -107,7 +106,7 @@ def places(call: Call) -> Iterator[tuple[str, str]]:
     for name in FILES:
         place = tree.get(name)
         relevant = not name.startswith("prepare.") or call.path in (("prepare",), ("demo",))
-        if isinstance(place, str) and place not in BUILT_IN and relevant and not _below_root(name, place):
+        if isinstance(place, str) and place not in NO_FILE and relevant and not _below_root(name, place):
             yield name, place
     uri = call.settings.tracking.uri
     if uri is not None and uri.startswith("sqlite:///"):

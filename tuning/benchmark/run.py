@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ray.tune import Callback
 
+from mpc.config import NO_FILE
 from mpc.errors import MissingError, UserError
 from pipeline import runtime, storage
 from pipeline.card import DatasetCard, read_card
@@ -113,7 +114,7 @@ def require(protocol: Protocol, methods: Mapping[str, RunConfig], data: str | No
         UserError: cells of several workers, weights that are not there, data that are missing or too much.
     """
     require_one_worker(methods)
-    for weights in sorted({run.model.weights for run in methods.values()} - {"none", "imagenet"}):
+    for weights in sorted({run.model.weights for run in methods.values()} - {*NO_FILE}):
         if not storage.exists(weights):
             raise MissingError(f"model.weights {weights}: no such file; set run.model.weights to its place")
     require_data(protocol, data, roots)
