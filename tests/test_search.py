@@ -1,6 +1,7 @@
 """Searches with real Ray Tune: spaces, early stopping, lone failures, resumption."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,11 +192,77 @@ def test_a_killed_search_resumes_without_running_finished_trials_again(
     # the running trial may have been killed before Tune had noted it: then it is listed, and another took its place
     lost = [t for t in trials if t["status"] == "lost"]
     assert len(lost) <= 1
-    assert [t["status"] for t in trials if t not in lost] == ["finished"] * 4
+    assert [(t["status"], t["error"]) for t in trials if t not in lost] == [("finished", None)] * 4
     assert epochs_of(out) == {t["trial_id"]: t["epochs"] for t in trials}
     assert first in {t["trial_id"] for t in trials if t not in lost}
     assert (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns == written
     check_what_optuna_learnt(out, [trial for trial in trials if trial not in lost])
+
+
+@pytest.mark.slow
+def test_trials_that_ended_after_tunes_last_note_are_not_run_again(
+    few_data: str, searches: Searches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune's state on disk is older than the checkpoints: those that it names are gone when the driver is killed."""
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")
+    yaml = write_space(tmp_path, "optim.lr: {choice: [0.000000001, 0.003, 0.002]}")
+    base = SMALL.model_copy(update={"train": SMALL.train.model_copy(update={"epochs": 8})})
+    config = SearchConfig(**LOSS, searcher="grid", scheduler="none", max_concurrent=1, keep_trials=1)
+    out, aside = tmp_path / "search", tmp_path / "aside"
+    killed = searches.start(few_data, out, base, config, yaml)
+    searches.wait_for(lambda: "checkpoint_000001" in state_of(out), killed)
+    shutil.copytree(out / "tune", aside, ignore=lambda folder, names: [n for n in names if (Path(folder) / n).is_dir()])
+    assert "checkpoint_00000" in state_of(tmp_path, "aside")
+    searches.wait_for(lambda: len(epochs_of(out)) == 3, killed)
+    searches.kill(killed)
+    shutil.copytree(aside, out / "tune", dirs_exist_ok=True)
+    ended = {f.parent.name: f.stat().st_mtime_ns for f in out.glob("trials/*/metrics.jsonl") if len(lines(f)) == 8}
+    assert len(ended) == 2
+    first = min(ended, key=lambda name: ended[name])
+    assert not list((out / "tune" / first).rglob("model.safetensors")), "the second is better: none of the first's stay"
+    note = (out / "trials" / first / "trial.json").read_text()
+    searches.ended_well(searches.start(few_data, out, base, config, yaml, resume=True))
+    trials = json.loads((out / "search.json").read_text())["trials"]
+    assert [t["error"] for t in trials if t["status"] == "failed"] == []
+    assert first in {t["trial_id"] for t in trials if t["status"] == "finished"}
+    assert (out / "trials" / first / "metrics.jsonl").stat().st_mtime_ns == ended[first]
+    assert (out / "trials" / first / "trial.json").read_text() == note
+
+
+def state_of(out: Path, folder: str = "tune") -> str:
+    return "".join(path.read_text() for path in (out / folder).glob("experiment_state-*.json"))
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text().splitlines()
+
+
+class Unreadable:
+    """A listener that takes the images away after the first epoch, until it is left."""
+
+    def __init__(self, data: Path) -> None:
+        self.data, self.away = data, data.with_name("away")
+
+    def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None: ...
+
+    def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None:
+        if not self.away.exists():
+            self.data.rename(self.away)
+
+    def on_trial_end(self, trial_id: str, status: str) -> None:
+        self.away.rename(self.data)
+
+
+def test_a_trial_that_failed_after_an_epoch_is_tried_again(few_data: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(few_data, data)
+    base = SMALL.model_copy(update={"train": SMALL.train.model_copy(update={"max_failures": 0, "epochs": 2})})
+    config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=1, max_concurrent=1)
+    space = Space((Dimension("optim.lr", "choice", (0.003,)),))
+    with pytest.raises(UserError, match="none of 1 trials"):
+        search(base, config, space, str(data), str(tmp_path / "s"), listeners=[Unreadable(data)])
+    result = search(base, config, space, str(data), str(tmp_path / "s"), resume=True)
+    assert [(trial.status, trial.epochs) for trial in result.trials] == [("finished", 2)]
 
 
 def check_what_optuna_learnt(out: Path, trials: list[dict]) -> None:

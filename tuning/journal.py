@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray.tune import Callback
@@ -55,6 +56,8 @@ class Journal(Callback):  # type: ignore[misc]
     def _end(self, trial: Trial, status: str) -> None:
         with surviving(f"{FILE} of trial {name_of(trial)}"):
             known = read(self._folder(trial)) or {"settings": settings_of(trial)}
+            if ended_well(known):  # told again after a resume
+                return
             cost = (trial.last_result or {}).get(COST)
             self._write(trial, {**known, "ended": time.time(), "status": status, COST: cost})
 
@@ -64,6 +67,11 @@ class Journal(Callback):  # type: ignore[misc]
 
     def _folder(self, trial: Trial) -> str:
         return storage.join(self.trials, name_of(trial))
+
+
+def ended_well(note: Mapping[str, Any]) -> bool:
+    """Whether a trial with this note ran to its end or was stopped: nothing of it is left to run."""
+    return note.get("status") in ("finished", "stopped")
 
 
 def read(folder: str) -> dict[str, Any]:

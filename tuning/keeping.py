@@ -45,7 +45,10 @@ def ranked(values: Mapping[str, float | None], config: SearchConfig) -> list[str
 
 
 class Keep(Callback):  # type: ignore[misc]
-    """Deletes checkpoints as soon as nothing will need them.
+    """Deletes checkpoints as soon as nothing will need them; their folders stay, empty.
+
+    Tune's state on disk is older than what happens: after a kill it may name a checkpoint that is gone since, and Tune
+    fails a trial for good whose checkpoint has no folder. A trial that finds it empty looks for the newest one itself.
 
     A trial that may go on keeps its best one and the newest, and any that another trial goes on from; of trials that
     have ended, the best `keep_trials` keep their best one.
@@ -94,7 +97,7 @@ class Keep(Callback):  # type: ignore[misc]
         paths = {item.checkpoint.path for item in wanted}
         for item in found:
             if item.checkpoint.path not in paths and item.checkpoint.path not in needed:
-                item.checkpoint.filesystem.delete_dir(item.checkpoint.path)
+                item.checkpoint.filesystem.delete_dir_contents(item.checkpoint.path)
 
     def _rank(self, ended: list[Trial], trials: list[Trial]) -> None:
         """Deletes what is not the best checkpoint of one of the best trials that have ended."""
@@ -130,11 +133,21 @@ def best_of(found: Sequence[Found], history: Sequence[dict[str, Any]], config: S
     return max(reversed(kept), key=lambda item: config.sign * item.metrics[config.metric], default=None)
 
 
-def delete_checkpoints(state: str, trials: str, name: str, needed: Collection[str] = ()) -> None:
-    """Of Tune, half-written ones too but not those that are `needed`, and of a Ray Train job inside the trial."""
+def delete_checkpoints(
+    state: str, trials: str, name: str, needed: Collection[str] = (), *, folders: bool = False
+) -> None:
+    """Of Tune, half-written ones too but not those that are `needed`, and of a Ray Train job inside the trial.
+
+    Args:
+        state: URI of Tune's own folder.
+        trials: URI of the folder with one folder a trial.
+        name: of the trial.
+        needed: paths of checkpoints that stay.
+        folders: delete the folders too, as nothing goes on from them; else they stay, empty.
+    """
     filesystem, path = storage.resolve(storage.join(state, name))
     for entry in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
         if entry.base_name.startswith("checkpoint_") and entry.path not in needed:
-            filesystem.delete_dir(entry.path)
+            (filesystem.delete_dir if folders else filesystem.delete_dir_contents)(entry.path)
     for part in (STORAGE_NAME, BEST):
         storage.delete(storage.join(trials, name, part))

@@ -22,6 +22,7 @@ from pipeline.host import Host, Metrics
 from pipeline.loop import Loop
 from pipeline.record import MetricsLog
 from pipeline.schedule import Change
+from tuning import journal
 from tuning.config import SearchConfig
 from tuning.domains import Settings
 from tuning.follow import CELL, STATE, TRIALS
@@ -168,9 +169,13 @@ def run_trial(params: dict[str, Any], *, base: dict[str, Any], search: dict[str,
     run = apply(RunConfig.model_validate(base), settings, f"trial {trial_id}")
     # a trial reports and saves at the ends of epochs alone: the scheduler must find its metric in every report
     run = run.model_copy(update={"train": run.train.model_copy(update={"checkpoint_every": 0})})
+    cost = mflops(run, card) if config.cost == "mflops" else None
+    history = MetricsLog(folder).read()
+    if history and journal.ended_well(journal.read(folder)):  # Tune had not noted it when its driver was killed
+        tune.report(history[-1] | summary(history, config, cost))
+        return
     if config.scheduler == "pbt":
         run = continued(run, settings, newest(tune.get_checkpoint(), state), folder)
-    cost = mflops(run, card) if config.cost == "mflops" else None
     if run.train.num_workers > 1:
         from pipeline.train import train
 
