@@ -55,11 +55,11 @@ def test_what_is_deleted_leaves_its_folder_while_the_search_may_go_on(
     for folder in places:
         filesystem.create_dir(f"{path}/{folder.name}", recursive=True)
         fs.copy_files(str(folder), f"{path}/{folder.name}", destination_filesystem=filesystem)
-    state, trials = storage.join(root, "tune"), storage.join(root, "trials")
-    delete_checkpoints(state, trials, "a", needed=[f"{path}/{newer.name}"])
+    state = storage.join(root, "tune")
+    delete_checkpoints(state, "a", needed=[f"{path}/{newer.name}"])
     assert names(storage.join(state, "a")) == [newer.name]
     assert filesystem.get_file_info(f"{path}/{older.name}").type == fs.FileType.Directory
-    delete_checkpoints(state, trials, "a", folders=True)
+    delete_checkpoints(state, "a", folders=True)
     assert not any(info.is_file for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)))
     assert filesystem.get_file_info(f"{path}/{older.name}").type == fs.FileType.NotFound
 

@@ -79,7 +79,7 @@ class Keep(Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has failed for good."""
         with surviving(f"checkpoints of trial {name_of(trial)}"):
-            delete_checkpoints(self.state, self.trials, name_of(trial), _gone_on_from(trials, trial))
+            self._delete(name_of(trial), _gone_on_from(trials, trial))
 
     def _thin(self, trial: Trial, trials: list[Trial]) -> None:
         """Leaves a trial what it, or another one, may go on from."""
@@ -111,8 +111,13 @@ class Keep(Callback):  # type: ignore[misc]
                 found = found_in(storage.join(self.state, name))
                 self._leave(found, self._best(name, found), needed)
             elif name not in self._swept:
-                delete_checkpoints(self.state, self.trials, name, needed)
+                self._delete(name, needed)
                 self._swept.add(name)
+
+    def _delete(self, name: str, needed: Collection[str]) -> None:
+        """Deletes what a trial leaves, but for what others need."""
+        delete_checkpoints(self.state, name, needed)
+        delete_job(self.trials, name)
 
 
 def _gone_on_from(trials: list[Trial], ended: Trial | None = None) -> set[str]:
@@ -133,14 +138,11 @@ def best_of(found: Sequence[Found], history: Sequence[dict[str, Any]], config: S
     return max(reversed(kept), key=lambda item: config.sign * item.metrics[config.metric], default=None)
 
 
-def delete_checkpoints(
-    state: str, trials: str, name: str, needed: Collection[str] = (), *, folders: bool = False
-) -> None:
-    """Of Tune, half-written ones too but not those that are `needed`, and of a Ray Train job inside the trial.
+def delete_checkpoints(state: str, name: str, needed: Collection[str] = (), *, folders: bool = False) -> None:
+    """Of a trial those that Ray Tune keeps, half-written ones too.
 
     Args:
         state: URI of Tune's own folder.
-        trials: URI of the folder with one folder a trial.
         name: of the trial.
         needed: paths of checkpoints that stay.
         folders: delete the folders too, as nothing goes on from them; else they stay, empty.
@@ -149,5 +151,14 @@ def delete_checkpoints(
     for entry in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
         if entry.base_name.startswith("checkpoint_") and entry.path not in needed:
             (filesystem.delete_dir if folders else filesystem.delete_dir_contents)(entry.path)
+
+
+def delete_job(trials: str, name: str) -> None:
+    """Of a trial what a Ray Train job inside it keeps.
+
+    Args:
+        trials: URI of the folder with one folder a trial.
+        name: of the trial.
+    """
     for part in (STORAGE_NAME, BEST):
         storage.delete(storage.join(trials, name, part))

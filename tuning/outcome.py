@@ -24,7 +24,7 @@ from tuning import budget, journal
 from tuning.config import SearchConfig
 from tuning.domains import Space
 from tuning.follow import CELL, STATE, TRIALS
-from tuning.keeping import best_of, best_value, delete_checkpoints, ranked
+from tuning.keeping import best_of, best_value, delete_checkpoints, delete_job, ranked
 from tuning.pareto import front
 from tuning.schedulers import rungs
 from tuning.searchers import COST
@@ -124,7 +124,8 @@ class Conclusion:
         for trial in everything:
             if trial.trial_id not in kept:  # --resume tries trials again that failed
                 again = trial.status == "failed"
-                delete_checkpoints(storage.join(self.out, STATE), self.folder, trial.trial_id, folders=not again)
+                delete_checkpoints(storage.join(self.out, STATE), trial.trial_id, folders=not again)
+                delete_job(self.folder, trial.trial_id)
         info = json.loads(storage.read_bytes(storage.join(place, INFO)))
         text = f"# {self.config.metric} {best.value:.4f}: trial {best.trial_id} of {storage.name(self.out)}\n"
         storage.write_bytes(storage.join(self.out, RUN_FILE), (text + yaml.safe_dump(info["config"])).encode())

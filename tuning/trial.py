@@ -38,13 +38,13 @@ class TuneHost(Host):
 
     Args:
         out: folder of this trial, for metrics.jsonl.
+        state: folder of this trial with Tune.
         use_gpu: train on the GPU that the trial was given.
-        state: folder of this trial with Tune; None trusts in Tune's book of its checkpoints.
     """
 
     rank, world_size = 0, 1
 
-    def __init__(self, out: str, *, use_gpu: bool, state: str | None = None) -> None:
+    def __init__(self, out: str, state: str, *, use_gpu: bool) -> None:
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.out, self.metrics, self.state = out, MetricsLog(out), state
         self.unknown: tune.Checkpoint | None = None
@@ -54,7 +54,7 @@ class TuneHost(Host):
     def last_checkpoint(self) -> Iterator[Path | None]:
         """The trial's own checkpoint, after the search was resumed; or the one that it was told to go on from."""
         given = tune.get_checkpoint()
-        start = newest(given, self.state) if self.state else given
+        start = newest(given, self.state)
         self.unknown = start if start is not given else None
         with opened(start) as folder:
             yield folder
@@ -111,7 +111,7 @@ class SearchHost(TuneHost):
     """
 
     def __init__(self, out: str, state: str, *, use_gpu: bool, search: SearchConfig, mflops: float | None) -> None:
-        super().__init__(out, use_gpu=use_gpu, state=state)
+        super().__init__(out, state, use_gpu=use_gpu)
         self.search, self.mflops = search, mflops
 
     def told(self) -> Metrics:

@@ -15,9 +15,12 @@ from pipeline.config import RunConfig
 from pipeline.evaluate import METRICS_FILE, evaluate
 from pipeline.host import Metrics
 from pipeline.loop import Loop
-from tuning.follow import CELL
+from tuning.follow import CELL, STATE
 from tuning.space import apply
 from tuning.trial import TuneHost
+
+CELLS = "cells"
+"""Folder of a stage with one folder a cell."""
 
 
 class Cell(NamedTuple):
@@ -50,13 +53,14 @@ class CellHost(TuneHost):
 
     Args:
         out: folder of the cell.
+        state: folder of the cell with Tune.
         metric: key of the metrics whose largest value is best.
         use_gpu: train on the GPU that the cell was given.
     """
 
-    def __init__(self, out: str, metric: str, *, use_gpu: bool) -> None:
-        super().__init__(out, use_gpu=use_gpu)
-        self.out, self.metric = out, metric
+    def __init__(self, out: str, state: str, metric: str, *, use_gpu: bool) -> None:
+        super().__init__(out, state, use_gpu=use_gpu)
+        self.metric = metric
 
     def report(self, metrics: Metrics, checkpoint: Path) -> None:
         """Keeps the checkpoint where no earlier epoch was as good."""
@@ -74,24 +78,29 @@ def run_cell(
     Args:
         params: `Cell.params` under the key `cell`.
         methods: configuration of every method, as JSON.
-        out: folder that holds one folder a cell.
+        out: folder of the stage.
         metric: chooses the epoch.
         test: whether the test split is opened at all.
     """
     cell = params[CELL]
-    folder, data = storage.join(out, cell["name"]), cell["data"]
+    (folder, state), data = (storage.join(out, part, cell["name"]) for part in (CELLS, STATE)), cell["data"]
     settings = {path: value for path, value in cell.items() if "." in path}
     run = apply(RunConfig.model_validate(methods[cell["method"]]), settings, cell["name"])
-    Loop(run, data, read_card(data), CellHost(folder, metric, use_gpu=run.train.use_gpu)).fit()
-    if test and not storage.exists(storage.join(folder, METRICS_FILE)):  # else it was killed before Tune noted its end
-        with _best(folder) as checkpoint:
+    host, best = CellHost(folder, state, metric, use_gpu=run.train.use_gpu), storage.join(folder, BEST)
+    history = host.metrics.read()
+    if history and history[-1]["epoch"] >= run.train.epochs and not storage.exists(best):
+        tune.report(history[-1])  # it was through when its driver was killed, and Tune had not noted it
+        return
+    Loop(run, data, read_card(data), host).fit()
+    if test and not storage.exists(storage.join(folder, METRICS_FILE)):  # else it was killed in the last lines here
+        with _opened(best) as checkpoint:
             evaluate(checkpoint, data, "test", folder, run.train.eval_batch_size)
-    storage.delete(storage.join(folder, BEST))
+    storage.delete(best)
 
 
 @contextmanager
-def _best(folder: str) -> Iterator[Path]:
-    filesystem, path = storage.resolve(storage.join(folder, BEST))
+def _opened(best: str) -> Iterator[Path]:
+    filesystem, path = storage.resolve(best)
     with opened(tune.Checkpoint(path, filesystem)) as checkpoint:
         assert checkpoint is not None
         yield checkpoint

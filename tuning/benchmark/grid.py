@@ -4,39 +4,45 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from pyarrow import fs
 from ray import tune
 from ray.tune import Callback
 from ray.tune.search import BasicVariantGenerator
 
 from mpc.errors import UserError
 from pipeline import storage
+from pipeline.checkpoints import found_in
 from pipeline.config import RunConfig
 from tuning.benchmark.cells import Cell, run_cell
 from tuning.config import SearchConfig
 from tuning.follow import CELL, STATE, Follow, SearchListener, followed, name_of
 from tuning.interruption import interruptible
+from tuning.keeping import LATEST, delete_checkpoints, surviving
 from tuning.resources import asked, cluster, plan
 from tuning.search import begun, fresh, restored
 
-CELLS = "cells"
-
 
 class _Sweep(Callback):  # type: ignore[misc]
-    """Deletes the checkpoints of a cell that is done: a grid of hundreds would fill a disk.
+    """Deletes checkpoints that a cell will not go on from: a grid of hundreds would fill a disk.
+
+    Their folders stay, empty, as those of a search do (`tuning.keeping.Keep`).
 
     Args:
-        state: URI of Tune's own folder.
+        out: URI of the stage.
     """
 
-    def __init__(self, state: str) -> None:
-        self.state = state
+    def __init__(self, out: str) -> None:
+        self.state = storage.join(out, STATE)
+
+    def on_trial_save(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A cell has written a checkpoint."""
+        with surviving(f"old checkpoints of {name_of(trial)}"):
+            newest = found_in(storage.join(self.state, name_of(trial)))[-LATEST:]
+            delete_checkpoints(self.state, name_of(trial), [item.checkpoint.path for item in newest])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        filesystem, path = storage.resolve(storage.join(self.state, name_of(trial)))
-        for entry in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-            if entry.base_name.startswith("checkpoint_"):
-                filesystem.delete_dir(entry.path)
+        """A cell is done."""
+        with surviving(f"checkpoints of {name_of(trial)}"):
+            delete_checkpoints(self.state, name_of(trial))
 
 
 def run_cells(
@@ -73,7 +79,7 @@ def run_cells(
         partial(
             run_cell,
             methods={name: run.model_dump(mode="json") for name, run in methods.items()},
-            out=storage.join(out, CELLS),
+            out=out,
             metric=metric,
             test=test,
         ),
@@ -89,8 +95,8 @@ def run_cells(
             reuse_actors=True,
             trial_dirname_creator=name_of,
         )
-        following = [Follow(first.train.epochs), _Sweep(storage.join(out, STATE)), *callbacks]
-        tuner = fresh(trainable, param_space, out, tuned, tune.CheckpointConfig(num_to_keep=2), following)
+        following = [Follow(first.train.epochs), _Sweep(out), *callbacks]
+        tuner = fresh(trainable, param_space, out, tuned, tune.CheckpointConfig(), following)
     with followed(listeners), interruptible():
         results = tuner.fit()
     return {str(r.config[CELL]["name"]): str(r.error).strip().splitlines()[-1][:300] for r in results if r.error}

@@ -17,8 +17,8 @@ from pipeline.scoring import require_validation
 from pipeline.shards import prepare
 from pipeline.versions import git_commit, versions
 from tuning.benchmark import results
-from tuning.benchmark.cells import Cell
-from tuning.benchmark.grid import CELLS, require_one_worker, run_cells
+from tuning.benchmark.cells import CELLS, Cell
+from tuning.benchmark.grid import require_one_worker, run_cells
 from tuning.benchmark.protocol import Protocol, combinations
 from tuning.follow import SearchListener
 from tuning.search import begun
