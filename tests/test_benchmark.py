@@ -238,6 +238,15 @@ def test_folds_test_every_image_once(ray_session: None, tmp_path: Path) -> None:
         assert sorted(tested) == sorted(row[0].removesuffix(".png") for row in rows)
 
 
+def test_a_benchmark_without_a_run_that_ended_well_is_told_in_one_line(ray_session: None, tmp_path: Path) -> None:
+    methods = {name: TINY["methods"][name] for name in ("full", "an")}
+    protocol = written(tmp_path, run={**TINY["run"], "optim": {"lr": 1e30}}, tuning=None, methods=methods, ours=[])
+    with pytest.raises(UserError, match=r"none of 4 runs ended well, first an-seed100-fold0: .*not finite") as refused:
+        benchmark(*load(protocol), str(tmp_path / "out"))
+    assert "\n" not in str(refused.value)
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["failed"]) == 4
+
+
 def start(protocol: str, out: Path, log: Path, *more: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", "from infra.cli import main; main()", "benchmark", "--config", protocol]
     with log.open("ab") as stream:

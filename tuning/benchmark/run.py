@@ -71,7 +71,7 @@ def benchmark(
         follower: who follows.
 
     Raises:
-        UserError: settings that do not fit, or cells that failed; the others are kept.
+        UserError: settings that do not fit, or no run of the table that ended well.
     """
     out = storage.absolute(out)
     require(protocol, methods, data, roots)
@@ -96,6 +96,9 @@ def benchmark(
     found = summary(protocol, methods, cells, table, cards, tuned.choices or {})
     found |= {"failed": failed, "failed_while_tuning": tuned.failed}
     storage.write_bytes(storage.join(out, RESULTS_FILE), (json.dumps(found, indent=1) + "\n").encode())
+    if len(failed) == len(cells):
+        name, reason = next(iter(failed.items()))
+        raise UserError(f"none of {len(cells)} runs ended well, first {name}: {reason}; --resume runs them again")
     return found
 
 
