@@ -15,6 +15,7 @@ from pipeline import runtime, storage
 from pipeline.card import read_card
 from pipeline.record import RUN_FILE
 from pipeline.reference import attach
+from pipeline.setup import located
 from tuning import search as searches
 from tuning.domains import Space
 from tuning.follow import TRIALS
@@ -48,7 +49,7 @@ def search(
         resume: continue what `out` holds, or start where it holds nothing.
         verbose: show Ray's logs.
     """
-    run, card = run_config(settings), read_card(data)
+    run, card, out = located(run_config(settings)), read_card(data), storage.absolute(out)
     tags = {**data_tags(card), "searcher": settings.search.searcher, "scheduler": settings.search.scheduler}
     config = {**run.model_dump(mode="json"), "search": settings.search.model_dump(mode="json")}
     resume = resume and storage.exists(storage.join(out, RUN_FILE))

@@ -75,7 +75,8 @@ class Late(PlainDisplay):
 def test_a_trial_that_the_hours_end_has_ended_in_every_record(
     few_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, store, display = tmp_path / "search", f"sqlite:///{tmp_path}/mlflow.db", Late(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    out, store, display = Path("search"), f"sqlite:///{tmp_path}/mlflow.db", Late(monkeypatch)
     longer = {"train": {**SETTINGS["train"], "epochs": 1000}, "search": {**SETTINGS["search"], "max_hours": 20}}
     (trial,) = search(Settings.model_validate({**SETTINGS, **longer}), SPACE, few_data, str(out), store, display).trials
     assert trial.status == "stopped"
