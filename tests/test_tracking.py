@@ -17,7 +17,7 @@ from mlflow.tracking import MlflowClient
 from mpc.errors import UserError
 from tuning.record import RunRecord, Status, epoch_metrics, flatten
 from tuning.store import client_of, default_uri
-from tuning.tracking import KEY_TAG, Tracker, Verdict, judge
+from tuning.tracking import KEY_TAG, TrackedRun, Tracker, Verdict, judge
 
 CONFIG = {"loss": {"lambda_ipc": 0.5}, "model": {"weights": "/home/somebody/weights/d121.safetensors"}}
 
@@ -129,6 +129,18 @@ def test_an_epoch_trained_again_is_logged_as_it_was_recorded_last(uri: str) -> N
     assert [metric.value for metric in client.get_metric_history(str(run.run_id), "val")] == [0.5], "what is known"
     assert [metric.value for metric in client.get_metric_history(str(run.run_id), "loss")] == [1.0, 0.9, 0.8]
     assert client.get_run(str(run.run_id)).data.metrics == {"loss": 0.8, "val": 0.5}
+
+
+def test_a_child_leaves_a_parent_that_has_ended_as_it_is(uri: str) -> None:
+    """Ray Tune's state holds the run of a resumed search as it was when that began."""
+    tracker = Tracker(uri, "test")
+    search = tracker.start_run(record("search"))
+    tracker.end_run(search, Status.FINISHED)
+    trial = tracker.start_run(record("trial", "search"), TrackedRun(record("search")))
+    assert tracker.close() == 0
+    client = MlflowClient(tracking_uri=uri)
+    assert client.get_run(str(search.run_id)).info.status == "FINISHED"
+    assert client.get_run(str(trial.run_id)).data.tags["mlflow.parentRunId"] == search.run_id
 
 
 def test_a_record_at_fault_is_dropped_and_does_not_block(uri: str) -> None:

@@ -235,9 +235,12 @@ class Tracker:
         if run.run_id is None:
             experiment = self._experiment(client)
             tags = {**run.record.tags, KEY_TAG: run.record.key}
-            if run.parent is not None:
-                tags[PARENT_TAG] = self._open(client, run.parent)
-            elif run.record.parent and (parent := find_run(client, experiment, run.record.parent)):
+            parent = run.parent.run_id if run.parent else None
+            if run.record.parent and parent is None:  # a resumed search has it under another name, ended perhaps
+                parent = find_run(client, experiment, run.record.parent)
+            if run.parent and parent is None:
+                parent = self._open(client, run.parent)
+            if parent is not None:
                 tags[PARENT_TAG] = parent
             run_id = find_run(client, experiment, run.record.key)
             if run_id is None:
