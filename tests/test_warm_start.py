@@ -131,6 +131,12 @@ def test_a_server_that_is_away_is_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_is_no_database_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match=r"search\.warm_start: MLflow at .*not a database"):
+        beginning(f"sqlite:///{tmp_path}/mlflow.db", "before")
+
+
 def test_optuna_learns_from_what_is_known(uri: str) -> None:
     known = beginning(uri, "before").known
     tpe = make_proposals(SearchConfig(), SPACE, 1, known).algorithm

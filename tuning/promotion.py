@@ -13,8 +13,8 @@ from pipeline.card import read_card
 from pipeline.config import EvaluateConfig
 from pipeline.evaluate import evaluate
 from tuning.gate import Decision, Evidence, Gate, Verdict
-from tuning.registry import CHAMPION, DIGEST_TAG, PREVIOUS, download, explained, holder_of, uri_of, version_of
-from tuning.store import existing_client
+from tuning.registry import CHAMPION, DIGEST_TAG, PREVIOUS, download, holder_of, uri_of, version_of
+from tuning.store import existing_client, explained
 
 HISTORY_TAG, KEPT = "champion.history", 500
 """Tag of a model with the numbers of its former champions, the latest last, and how many of them are kept."""

@@ -12,7 +12,6 @@ from mlflow.artifacts import download_artifacts, list_artifacts
 from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from sqlalchemy.exc import SQLAlchemyError
 
 from mpc.checkpoint import INFO, read_info
 from mpc.config import CheckpointInfo
@@ -24,7 +23,7 @@ from tuning.model_card import FILE as CARD_FILE
 from tuning.model_card import description, model_card
 from tuning.package import WEIGHTS, write_package
 from tuning.record import Status, finite
-from tuning.store import client_of, existing_client, experiment_id
+from tuning.store import client_of, existing_client, experiment_id, explained
 
 if TYPE_CHECKING:  # it imports Ray, which fetching a version does without
     from tuning.lineage import Lineage
@@ -146,21 +145,6 @@ def download(uri: str, tracking_uri: str) -> Path:
     read_info(folder)
     (folder / REGISTERED_FILE).write_text(f"{name}/{version.version}\n", encoding="utf-8")
     return folder
-
-
-class explained:  # noqa: N801
-    """Turns what MLflow, and the database behind a client of it, raise into one line for the user."""
-
-    def __init__(self, tracking_uri: str) -> None:
-        self.tracking_uri = tracking_uri
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, MlflowException | SQLAlchemyError):
-            text = " ".join(str(getattr(error, "orig", error)).split())[:300]
-            raise UserError(f"MLflow at {self.tracking_uri}: {text}; check the address and that it runs") from error
 
 
 def _own_run(client: MlflowClient, experiment: str, name: str, metrics: Mapping[str, float]) -> str:

@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 from mpc.errors import MissingError, UserError
 
@@ -88,3 +90,24 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
         if found is None:
             raise
         return str(found.experiment_id)
+
+
+class explained:  # noqa: N801
+    """Turns what MLflow, and the database behind a client of it, raise into one line for the user.
+
+    Args:
+        tracking_uri: which MLflow.
+        what: what asked it.
+    """
+
+    def __init__(self, tracking_uri: str, what: str = "") -> None:
+        self.tracking_uri, self.what = tracking_uri, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, MlflowException | SQLAlchemyError):
+            text = " ".join(str(getattr(error, "orig", error)).split())[:300]
+            where = f"{self.what}: MLflow" if self.what else "MLflow"
+            raise UserError(f"{where} at {self.tracking_uri}: {text}; check the address and that it runs") from error

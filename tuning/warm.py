@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from mpc.errors import MissingError, UserError
@@ -13,7 +12,7 @@ from tuning.config import SearchConfig
 from tuning.domains import CHOICE, Dimension, Settings, Space
 from tuning.record import flatten
 from tuning.searchers import Beginning, Known
-from tuning.store import existing_client
+from tuning.store import existing_client, explained
 from tuning.tracking import PARENT_TAG
 
 ANYWHERE = ("train.log_every", "train.keep", "train.max_failures", "train.eval_batch_size", "train.seed",
@@ -44,14 +43,11 @@ def earlier_trials(uri: str, experiment: str, target: Target) -> Beginning:
     Raises:
         UserError: a search that is not there, whose name stands for several, or a server that does not answer.
     """
-    client = existing_client(uri)
-    try:
+    with explained(uri, "search.warm_start"):
+        client = existing_client(uri)
         searches = [_search(client, experiment, name) for name in target.config.warm_start]
         runs = [(search, run) for search in searches for run in _trials(client, search)]
         return _sorted_out(client, runs, target)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"search.warm_start: MLflow at {uri}: {reason}; see that it runs, or leave it out") from error
 
 
 def _sorted_out(client: MlflowClient, runs: Sequence[tuple[Run, Run]], target: Target) -> Beginning:
