@@ -1,7 +1,7 @@
 """Checkpoints in storage: whole or not counted, the best one beside the latest, and one name that later verbs know."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,27 +42,37 @@ class Found(NamedTuple):
 def found_in(folder: str) -> list[Found]:
     """The whole checkpoints in a folder that Ray writes them to, oldest first; Ray's own book may be behind."""
     filesystem, path = storage.resolve(folder)
-    entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    places = [entry.path for entry in entries if entry.base_name.startswith("checkpoint_")]
-    found = [whole(Checkpoint(place, filesystem)) for place in places]
+    entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    places: dict[str, list[fs.FileInfo]] = {}
+    for entry in entries:  # one listing: on S3 a request for each file would take seconds
+        place = entry.path.rpartition("/")[0]
+        if place.rpartition("/")[2].startswith("checkpoint_"):
+            places.setdefault(place, []).append(entry)
+    found = [_found(Checkpoint(place, filesystem), infos) for place, infos in places.items()]
     return sorted((item for item in found if item is not None), key=lambda item: item.written)
 
 
-def whole(checkpoint: Checkpoint) -> Found | None:
-    """None where a file is missing or shorter than it was saved: it is being written, was left behind, or cut short."""
+def whole(checkpoint: Checkpoint) -> bool:
+    """Whether all its files are there, as long as they were saved."""
     infos = checkpoint.filesystem.get_file_info([f"{checkpoint.path}/{part}" for part in PARTS])
-    if not all(info.is_file for info in infos):
+    return _found(checkpoint, infos) is not None
+
+
+def _found(checkpoint: Checkpoint, infos: Sequence[fs.FileInfo]) -> Found | None:
+    """None where a file is missing or shorter than it was saved: it is being written, was left behind, or cut short."""
+    files = {info.base_name: info for info in infos if info.is_file}
+    if not files.keys() >= set(PARTS):
         return None
-    with checkpoint.filesystem.open_input_file(infos[0].path) as file:
+    with checkpoint.filesystem.open_input_file(files[INFO].path) as file:
         text = file.readall()
     try:
         record = json.loads(text)
     except ValueError:  # cut short itself
         return None
     sizes = record.get("sizes", {})  # older checkpoints have none
-    if any(info.size != sizes.get(info.base_name, info.size) for info in infos):
+    if any(files[name].size != size for name, size in sizes.items()):
         return None
-    return Found(checkpoint, infos[0].mtime.timestamp(), record["metrics"])
+    return Found(checkpoint, files[INFO].mtime.timestamp(), record["metrics"])
 
 
 def publish(checkpoint: Checkpoint, out: str) -> str:
