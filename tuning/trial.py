@@ -138,6 +138,7 @@ class _Forward:
 
     def __init__(self, out: str, search: SearchConfig, mflops: float | None) -> None:
         self.metrics, self.search, self.mflops = MetricsLog(out), search, mflops
+        self.told = False
 
     def on_start(self, run: RunConfig, card: DatasetCard) -> None:
         """Nothing to do."""
@@ -147,10 +148,13 @@ class _Forward:
 
     def on_epoch(self, metrics: Metrics) -> None:
         """Reports an epoch; the checkpoints stay with Ray Train."""
+        self.told = True
         tune.report(metrics | summary(self.metrics.read(), self.search, self.mflops))
 
     def on_end(self, status: str, best_checkpoint: str | None) -> None:
-        """Nothing to do."""
+        """Reports the last epoch of a job that was through when the driver was killed, but not yet noted by Tune."""
+        if status == "FINISHED" and not self.told:
+            self.on_epoch(self.metrics.read()[-1])
 
 
 def run_trial(params: dict[str, Any], *, base: dict[str, Any], search: dict[str, Any], data: str, out: str) -> None:

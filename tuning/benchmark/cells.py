@@ -92,6 +92,7 @@ def run_cell(
         tune.report(history[-1])  # it was through when its driver was killed, and Tune had not noted it
         return
     Loop(run, data, read_card(data), host).fit()
+    host.end()
     if test and not storage.exists(storage.join(folder, METRICS_FILE)):  # else it was killed in the last lines here
         with _opened(best) as checkpoint:
             evaluate(checkpoint, data, "test", folder, run.train.eval_batch_size)
