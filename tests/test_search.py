@@ -16,6 +16,7 @@ from searches import Searches, epochs_of, write_space
 from mpc.checkpoint import load_weights, read_info
 from mpc.errors import UserError
 from pipeline import runtime
+from pipeline.card import read_card
 from pipeline.config import RunConfig
 from pipeline.record import MetricsLog, claim
 from pipeline.train import train
@@ -237,6 +238,60 @@ def lines(file: Path) -> list[str]:
     return file.read_text().splitlines()
 
 
+class Broken:
+    """A listener that raises after the first epoch of the second trial."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+
+    def on_trial_start(self, trial_id: str, params: dict[str, Any]) -> None: ...
+
+    def on_trial_epoch(self, trial_id: str, metrics: dict[str, Any]) -> None:
+        self.seen.add(trial_id)
+        if len(self.seen) == 2:
+            raise RuntimeError("a disk is full")
+
+    def on_trial_end(self, trial_id: str, status: str) -> None:
+        assert status == "finished"
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*(progress.csv|result.json)")  # Tune leaves them open then
+def test_a_search_that_an_error_ended_goes_on_or_is_left_as_it_is(
+    few_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune would count its trials as ended, and begin a search of one trial where it cannot read its own state."""
+    monkeypatch.setenv("TUNE_GLOBAL_CHECKPOINT_S", "0")  # it has noted both trials then
+    config = SearchConfig(**LOSS, searcher="tpe", scheduler="none", max_trials=2, max_concurrent=1)
+    space, out = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),)), tmp_path / "s"
+    with pytest.raises(Exception, match="a disk is full"):
+        search(SMALL, config, space, few_data, str(out), listeners=[Broken()])
+    notes = [json.loads(path.read_text()) for path in (out / "trials").glob("*/trial.json")]
+    assert sorted(note.get("status", "goes on") for note in notes) == ["finished", "goes on"]
+    before = epochs_of(out)
+    for pattern, message in (("experiment_state-*.json", "is cut short"), ("searcher-state-*.pkl", "cannot read")):
+        file = max((out / "tune").glob(pattern))
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(UserError, match=message):
+            search(SMALL, config, space, few_data, str(out), resume=True)
+        file.write_bytes(content)
+    assert epochs_of(out) == before
+    assert not (out / "search.json").exists()
+    trials = search(SMALL, config, space, few_data, str(out), resume=True).trials
+    assert [(trial.status, trial.epochs) for trial in trials] == [("finished", 3)] * 2
+
+
+def test_a_search_without_a_noted_trial_begins(few_data: str, tmp_path: Path) -> None:
+    """Killed between Tune's first file and its first note."""
+    config = SearchConfig(**LOSS, searcher="tpe", scheduler="none", max_trials=2, max_concurrent=1)
+    space, out = Space((Dimension("optim.lr", "loguniform", (0.001, 0.01)),)), tmp_path / "s"
+    base = SMALL.model_copy(update={"train": SMALL.train.model_copy(update={"epochs": 1})})
+    claim(str(out), identity(base, config, space, read_card(few_data)), resume=False)
+    (out / "tune").mkdir()
+    (out / "tune" / "tuner.pkl").touch()
+    assert len(search(base, config, space, few_data, str(out), resume=True).trials) == 2
+
+
 class Unreadable:
     """A listener that takes the images away after the first epoch, until it is left."""
 
@@ -257,10 +312,17 @@ def test_a_trial_that_failed_after_an_epoch_is_tried_again(few_data: str, tmp_pa
     data = tmp_path / "data"
     shutil.copytree(few_data, data)
     base = SMALL.model_copy(update={"train": SMALL.train.model_copy(update={"max_failures": 0, "epochs": 2})})
-    config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=1, max_concurrent=1)
+    config = SearchConfig(**LOSS, searcher="random", scheduler="none", max_trials=1, max_concurrent=1, max_hours=2.0)
     space = Space((Dimension("optim.lr", "choice", (0.003,)),))
-    with pytest.raises(UserError, match="none of 1 trials"):
+    reason = "none of 1 trials .*val-00000"
+    with pytest.raises(UserError, match=reason):
         search(base, config, space, str(data), str(tmp_path / "s"), listeners=[Unreadable(data)])
+    shutil.copytree(tmp_path / "s", tmp_path / "aside")
+    (tmp_path / "s" / "hours.json").write_text('{"hours": 2.5}')
+    with pytest.raises(UserError, match=reason):  # it stays what it is while no hour is left to try it in
+        search(base, config, space, str(data), str(tmp_path / "s"), resume=True)
+    shutil.rmtree(tmp_path / "s")
+    (tmp_path / "aside").rename(tmp_path / "s")
     result = search(base, config, space, str(data), str(tmp_path / "s"), resume=True)
     assert [(trial.status, trial.epochs) for trial in result.trials] == [("finished", 2)]
 

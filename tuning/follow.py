@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Event
 from typing import Any, Protocol
 
 from ray.tune import Callback
 
-from tuning.interruption import interrupted
+from mpc.errors import UserError
+from tuning.interruption import cut_short
 
 
 class SearchListener(Protocol):
@@ -26,16 +28,24 @@ class SearchListener(Protocol):
 
 
 _listeners: list[SearchListener] = []  # of this process's search: Tune pickles callbacks, displays are not picklable
+_resumed = Event()
 
 
 @contextmanager
-def followed(listeners: Sequence[SearchListener]) -> Iterator[None]:
-    """While it lasts, `Follow` tells these listeners."""
+def followed(listeners: Sequence[SearchListener], *, resumed: bool) -> Iterator[None]:
+    """While it lasts, `Follow` tells these listeners; `resumed` expects trials from the beginning.
+
+    Raises:
+        UserError: Tune, which says nothing of it, began another search in the place of one that it could not read.
+    """
     _listeners[:] = listeners
+    if resumed:
+        _resumed.set()
     try:
         yield
     finally:
         _listeners.clear()
+        _resumed.clear()
 
 
 TRIALS = "trials"
@@ -69,6 +79,11 @@ class Follow(Callback):  # type: ignore[misc]
         self.epochs = epochs
         self.unended: set[str] = set()
 
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Before anything is started."""
+        if _resumed.is_set() and not trials:
+            raise UserError("Ray Tune cannot read the state of this search (-v says why); search anew in another --out")
+
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial begins."""
         self.unended.add(name_of(trial))
@@ -93,7 +108,7 @@ class Follow(Callback):  # type: ignore[misc]
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """The search has ended, and with it trials that had not: Tune tells of no other end of those."""
         for trial in trials:
-            if name_of(trial) in self.unended and not interrupted():
+            if name_of(trial) in self.unended and not cut_short():
                 self._end(name_of(trial), ended_how(trial, self.epochs))
 
     def _end(self, name: str, status: str) -> None:

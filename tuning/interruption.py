@@ -1,6 +1,7 @@
 """Ctrl-C in a search: Tune writes its state first, then the interruption goes on to whoever asked for the search."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +10,12 @@ from typing import Any
 _asked = threading.Event()  # of this process's search, as its listeners are
 
 
-def interrupted() -> bool:
-    """Whether this process's search was asked to end, and is to be continued with --resume."""
-    return _asked.is_set()
+def cut_short() -> bool:
+    """Whether this process's search ends before its time, by Ctrl-C or an error, and is to go on with --resume.
+
+    Tune tells its callbacks of an end by an error in the driver, too: while it handles that error.
+    """
+    return _asked.is_set() or sys.exception() is not None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pipeline.card import DatasetCard
 from pipeline.config import RunConfig
 from pipeline.versions import git_commit, versions
 from tuning.follow import name_of, settings_of
-from tuning.interruption import interrupted
+from tuning.interruption import cut_short
 from tuning.keeping import surviving
 from tuning.record import RunRecord, Status, epoch_metrics, without_places
 from tuning.space import apply
@@ -259,7 +259,7 @@ class MlflowCallback(LoggerCallback):  # type: ignore[misc]
                 if record.status is not Status.RUNNING:
                     continue
                 if folder in known:
-                    self._end(known[folder], Status.KILLED if interrupted() else Status.FINISHED)
+                    self._end(known[folder], Status.KILLED if cut_short() else Status.FINISHED)
                 else:
                     close_run(self.tracker, folder, self.tracker.start_run(record, self.parent), Status.KILLED)
 

@@ -165,15 +165,16 @@ class Conclusion:
             epoch = self._best_epoch(history)
             params = [leg for leg in legs if leg["epoch"] < epoch or leg is legs[0]][-1]["begun_with"]
         last = history[-1]["epoch"] if history else 0
-        status = "failed" if result.error else "finished" if last >= self.run.train.epochs else "stopped"
-        error = str(result.error).strip().splitlines()[-1][:500] if result.error else None
+        status = "finished" if last >= self.run.train.epochs else "stopped"
+        if result.error or note.get("status") == "failed":  # which Tune forgets where no hour was left to try it again
+            status = "failed"
         return Trial(
             trial_id=name,
             status=status,
             params=params,
             epochs=len(history),
             value=best_value(history, self.config),
-            error=error,
+            error=journal.last_line(str(result.error or "")) or note.get("error"),
             cost=(result.metrics or {}).get(COST),
             started=note.get("started"),
             ended=note.get("ended"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from pyarrow import fs
 from ray import tune
 from ray.tune import Callback, Stopper
 from ray.tune.execution import class_cache
@@ -85,14 +86,14 @@ def search(
     for note in placed.notes:
         log.warning(note)
     work = Work(run, config, space, card, data, out, placed)
-    following = callbacks()
-    if resume and begun(out):
+    following, going_on = callbacks(), resume and begun(out)
+    if going_on:
         tuner = restored(work.trainable(), out)
     else:
         _note(out, beginning)
         tuner = work.tuner(beginning.known, [*work.callbacks(), *following])
     random.seed(config.seed)  # population based training draws from it
-    with followed(listeners), interruptible():
+    with followed(listeners, resumed=going_on), interruptible():
         grid = tuner.fit()
     return Conclusion(run, config, space, card, out).write(grid, json.loads(storage.read_bytes(_noted(out))))
 
@@ -224,12 +225,28 @@ def fresh(
 
 
 def begun(out: str) -> bool:
-    """Whether Tune has written its state below `out`; a search that was killed before has only been claimed."""
-    return bool(tune.Tuner.can_restore(**_state(out)))
+    """Whether Tune has noted trials below `out`; a search that was killed before has only been claimed.
+
+    Raises:
+        UserError: the newest note is cut short.
+    """
+    filesystem, path = storage.resolve(storage.join(out, STATE))
+    entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    notes = sorted(entry.base_name for entry in entries if entry.base_name.startswith("experiment_state-"))
+    if not notes:
+        return False
+    newest = storage.join(out, STATE, notes[-1])
+    try:
+        return bool(json.loads(storage.read_bytes(newest))["trial_data"])
+    except ValueError as error:
+        raise UserError(
+            f"{newest}: is cut short (a full disk?), and Tune cannot go on from it; delete it to go on from an older "
+            f"one beside it, or search anew in another --out"
+        ) from error
 
 
 def restored(trainable: Any, out: str) -> tune.Tuner:
-    """The search that lies in `out`.
+    """The search that lies in `out`; `followed(..., resumed=True)` sees whether Tune could read it.
 
     A trial that had failed goes on under its own id: under a new one, the searcher would not know it.
     """

@@ -86,7 +86,8 @@ def run_cells(
         asked(first, limit),
     )
     param_space = {CELL: tune.grid_search([cell.params() for cell in cells])}
-    if begun(out):
+    resumed = begun(out)
+    if resumed:
         tuner = restored(trainable, out)
     else:
         tuned = tune.TuneConfig(
@@ -97,7 +98,7 @@ def run_cells(
         )
         following = [Follow(first.train.epochs), _Sweep(out), *callbacks]
         tuner = fresh(trainable, param_space, out, tuned, tune.CheckpointConfig(), following)
-    with followed(listeners), interruptible():
+    with followed(listeners, resumed=resumed), interruptible():
         results = tuner.fit()
     return {str(r.config[CELL]["name"]): str(r.error).strip().splitlines()[-1][:300] for r in results if r.error}
 
