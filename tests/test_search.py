@@ -335,7 +335,7 @@ def check_what_optuna_learnt(out: Path, trials: list[dict]) -> None:
     assert told == {trial["params"]["optim.lr"]: trial["value"] for trial in trials}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_trials_of_several_workers_run_as_ray_train_jobs_and_stop_early(
     phantom_data: str, searches: Searches, tmp_path: Path
 ) -> None:

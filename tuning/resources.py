@@ -12,7 +12,7 @@ from pipeline.config import RunConfig
 from tuning.config import SearchConfig
 
 HEAD = "node:__internal_head__"
-"""A resource of which every Ray cluster has exactly 1, on its head."""
+"""A resource of which every Ray cluster has exactly 1, on its head; Ray's own actors ask for thousandths of it."""
 DRIVER_CPU = 0.01
 """Of a trial that is a Ray Train job: its workers ask for themselves."""
 POPULATIONS = ("pbt", "hyperband")
@@ -108,4 +108,13 @@ def asked(run: RunConfig, concurrent: int) -> tune.PlacementGroupFactory:
     bundle = {"CPU": DRIVER_CPU if run.train.num_workers > 1 else run.worker_cpus}
     if run.worker_gpus and run.train.num_workers == 1:
         bundle["GPU"] = run.worker_gpus
-    return tune.PlacementGroupFactory([bundle, {HEAD: math.floor(1e4 / concurrent) / 1e4}])
+    return tune.PlacementGroupFactory([bundle, {HEAD: head_share(concurrent)}])
+
+
+def head_share(concurrent: int) -> float:
+    """Of the one `HEAD` what a trial asks for: one trial more would find none, and Ray's own actors always some.
+
+    In ten-thousandths, as Ray counts: from a hundred trials at a time on, one more in a hundred may find its share.
+    """
+    left = min(0.1, 0.5 / (concurrent + 1))
+    return math.floor(1e4 * (1 - left) / concurrent) / 1e4
