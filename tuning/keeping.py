@@ -148,9 +148,11 @@ def delete_checkpoints(state: str, name: str, needed: Collection[str] = (), *, f
         folders: delete the folders too, as nothing goes on from them; else they stay, empty.
     """
     filesystem, path = storage.resolve(storage.join(state, name))
-    for entry in filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-        if entry.base_name.startswith("checkpoint_") and entry.path not in needed:
-            (filesystem.delete_dir if folders else filesystem.delete_dir_contents)(entry.path)
+    entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=not folders))
+    places = {entry.path if folders else entry.path.rpartition("/")[0] for entry in entries if folders or entry.is_file}
+    for place in places:  # emptying what is empty would be three requests on S3
+        if place.rpartition("/")[2].startswith("checkpoint_") and place not in needed:
+            (filesystem.delete_dir if folders else filesystem.delete_dir_contents)(place)
 
 
 def delete_job(trials: str, name: str) -> None:

@@ -121,11 +121,11 @@ class Conclusion:
             log.warning("trial %s was better than %s, but its checkpoints are gone", ranking[0].trial_id, best.trial_id)
         place = publish(checkpoint, self.out)
         kept = {best.trial_id, *(trial.trial_id for trial in ranking[: self.config.keep_trials])}
-        for trial in everything:
-            if trial.trial_id not in kept:  # --resume tries trials again that failed
-                again = trial.status == "failed"
-                delete_checkpoints(storage.join(self.out, STATE), trial.trial_id, folders=not again)
-                delete_job(self.folder, trial.trial_id)
+        # --resume tries trials again that failed, perhaps from another one's; on S3 an empty folder costs nothing
+        folders = not storage.is_remote(self.out) and all(trial.status != "failed" for trial in everything)
+        for name in {trial.trial_id for trial in everything} - kept:
+            delete_checkpoints(storage.join(self.out, STATE), name, folders=folders)
+            delete_job(self.folder, name)
         info = json.loads(storage.read_bytes(storage.join(place, INFO)))
         text = f"# {self.config.metric} {best.value:.4f}: trial {best.trial_id} of {storage.name(self.out)}\n"
         storage.write_bytes(storage.join(self.out, RUN_FILE), (text + yaml.safe_dump(info["config"])).encode())
