@@ -240,7 +240,11 @@ def test_folds_test_every_image_once(ray_session: None, tmp_path: Path) -> None:
 
 def test_a_benchmark_without_a_run_that_ended_well_is_told_in_one_line(ray_session: None, tmp_path: Path) -> None:
     methods = {name: TINY["methods"][name] for name in ("full", "an")}
-    protocol = written(tmp_path, run={**TINY["run"], "optim": {"lr": 1e30}}, tuning=None, methods=methods, ours=[])
+    bad = {"run": {**TINY["run"], "optim": {"lr": 1e30}}, "methods": methods, "ours": []}
+    tuned = load(written(tmp_path, **bad, tuning={"seeds": [0], "trials": 1, "space": {"optim.warmup": [0.0]}}))
+    with pytest.raises(UserError, match=r"none of 2 runs ended well, first an-try0-seed0-fold0: .*not finite"):
+        benchmark(*tuned, str(tmp_path / "tuned"))
+    protocol = written(tmp_path, **bad, tuning=None)
     with pytest.raises(UserError, match=r"none of 4 runs ended well, first an-seed100-fold0: .*not finite") as refused:
         benchmark(*load(protocol), str(tmp_path / "out"))
     assert "\n" not in str(refused.value)

@@ -71,7 +71,7 @@ def benchmark(
         follower: who follows.
 
     Raises:
-        UserError: settings that do not fit, or no run of the table that ended well.
+        UserError: settings that do not fit, or a stage of which no run ended well.
     """
     out = storage.absolute(out)
     require(protocol, methods, data, roots)
@@ -88,6 +88,8 @@ def benchmark(
         follower.announce(f"tuning: {len(cells)} runs")
         failed = _run(protocol, methods, cells, tuning, follower, test=False)
         tuned = Tuned(results.chosen(cells, storage.join(tuning, CELLS), protocol.metric, failed), failed)
+        if not tuned.choices:
+            raise _none_ended_well(cells, failed)
         storage.write_bytes(storage.join(out, TUNED_FILE), json.dumps(tuned._asdict(), indent=1).encode())
     cells = table_cells(protocol, tuned.choices, out, data)
     cards = _prepare(protocol, cells, out, roots, data, follower.announce)
@@ -97,9 +99,14 @@ def benchmark(
     found |= {"failed": failed, "failed_while_tuning": tuned.failed}
     storage.write_bytes(storage.join(out, RESULTS_FILE), (json.dumps(found, indent=1) + "\n").encode())
     if len(failed) == len(cells):
-        name, reason = next(iter(failed.items()))
-        raise UserError(f"none of {len(cells)} runs ended well, first {name}: {reason}; --resume runs them again")
+        raise _none_ended_well(cells, failed)
     return found
+
+
+def _none_ended_well(cells: Sequence[Cell], failed: Mapping[str, str]) -> UserError:
+    """Of a stage without a result."""
+    name, reason = next(iter(failed.items()), ("of all", "no epoch has the metric"))
+    return UserError(f"none of {len(cells)} runs ended well, first {name}: {reason}; --resume runs them again")
 
 
 def identity(protocol: Protocol, methods: Mapping[str, RunConfig]) -> dict[str, Any]:
