@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import Event
 from typing import Any, Protocol
 
 from ray.tune import Callback
@@ -28,24 +27,22 @@ class SearchListener(Protocol):
 
 
 _listeners: list[SearchListener] = []  # of this process's search: Tune pickles callbacks, displays are not picklable
-_resumed = Event()
+_expected = [0]  # trials
 
 
 @contextmanager
-def followed(listeners: Sequence[SearchListener], *, resumed: bool) -> Iterator[None]:
-    """While it lasts, `Follow` tells these listeners; `resumed` expects trials from the beginning.
+def followed(listeners: Sequence[SearchListener], *, resumed: int) -> Iterator[None]:
+    """While it lasts, `Follow` tells these listeners; a search that is resumed has so many trials from the beginning.
 
     Raises:
         UserError: Tune, which says nothing of it, began another search in the place of one that it could not read.
     """
-    _listeners[:] = listeners
-    if resumed:
-        _resumed.set()
+    _listeners[:], _expected[:] = listeners, [resumed]
     try:
         yield
     finally:
         _listeners.clear()
-        _resumed.clear()
+        _expected[:] = [0]
 
 
 TRIALS = "trials"
@@ -81,7 +78,7 @@ class Follow(Callback):  # type: ignore[misc]
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before anything is started."""
-        if _resumed.is_set() and not trials:
+        if len(trials) < _expected[0]:
             raise UserError("Ray Tune cannot read the state of this search (-v says why); search anew in another --out")
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

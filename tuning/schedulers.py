@@ -24,11 +24,19 @@ from pipeline.schedule import WEIGHTS, changeable
 from tuning.config import SearchConfig
 from tuning.domains import CHOICE, Space
 from tuning.follow import CELL, name_of
+from tuning.keeping import surviving
 
 EPOCH = "epoch"
 """Our own count of time: Tune's training_iteration starts anew after a restore."""
 ENOUGH_TRIALS = 3
 """Others that the median is taken of, at least."""
+
+
+def _record(trials: str, trial: Trial) -> list[dict[str, Any]]:
+    """A trial's epochs in earlier sessions; while storage is away none, as an error here would end the search."""
+    with surviving(f"earlier epochs of trial {name_of(trial)}"):
+        return MetricsLog(storage.join(trials, name_of(trial))).read()
+    return []
 
 
 class RememberingAsha(ASHAScheduler):  # type: ignore[misc]
@@ -46,7 +54,7 @@ class RememberingAsha(ASHAScheduler):  # type: ignore[misc]
     def on_trial_add(self, controller: Any, trial: Trial) -> None:
         """Records an earlier session's epochs at their rungs; what was decided then is not decided again."""
         super().on_trial_add(controller, trial)
-        for line in MetricsLog(storage.join(self.trials, name_of(trial))).read():
+        for line in _record(self.trials, trial):
             self.on_trial_result(controller, trial, line)
 
 
@@ -68,7 +76,7 @@ class RememberingMedian(MedianStoppingRule):  # type: ignore[misc]
         super().on_trial_add(controller, trial)
         known = trial.trial_id in self._told
         self._told.add(trial.trial_id)
-        for line in [] if known else MetricsLog(storage.join(self.trials, name_of(trial))).read():
+        for line in [] if known else _record(self.trials, trial):
             self.on_trial_complete(controller, trial, line)
 
 

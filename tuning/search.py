@@ -86,14 +86,14 @@ def search(
     for note in placed.notes:
         log.warning(note)
     work = Work(run, config, space, card, data, out, placed)
-    following, going_on = callbacks(), resume and begun(out)
-    if going_on:
+    following, noted = callbacks(), begun(out) if resume else 0
+    if noted:
         tuner = restored(work.trainable(), out)
     else:
         _note(out, beginning)
         tuner = work.tuner(beginning.known, [*work.callbacks(), *following])
     random.seed(config.seed)  # population based training draws from it
-    with followed(listeners, resumed=going_on), interruptible():
+    with followed(listeners, resumed=noted), interruptible():
         grid = tuner.fit()
     return Conclusion(run, config, space, card, out).write(grid, json.loads(storage.read_bytes(_noted(out))))
 
@@ -224,8 +224,8 @@ def fresh(
     )
 
 
-def begun(out: str) -> bool:
-    """Whether Tune has noted trials below `out`; a search that was killed before has only been claimed.
+def begun(out: str) -> int:
+    """How many trials Tune has noted below `out`; of none, a search that was killed has only been claimed.
 
     Raises:
         UserError: the newest note is cut short.
@@ -234,10 +234,10 @@ def begun(out: str) -> bool:
     entries = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     notes = sorted(entry.base_name for entry in entries if entry.base_name.startswith("experiment_state-"))
     if not notes:
-        return False
+        return 0
     newest = storage.join(out, STATE, notes[-1])
     try:
-        return bool(json.loads(storage.read_bytes(newest))["trial_data"])
+        return len(json.loads(storage.read_bytes(newest))["trial_data"])
     except ValueError as error:
         raise UserError(
             f"{newest}: is cut short (a full disk?), and Tune cannot go on from it; delete it to go on from an older "
@@ -246,7 +246,7 @@ def begun(out: str) -> bool:
 
 
 def restored(trainable: Any, out: str) -> tune.Tuner:
-    """The search that lies in `out`; `followed(..., resumed=True)` sees whether Tune could read it.
+    """The search that lies in `out`; `followed` sees whether Tune could read it.
 
     A trial that had failed goes on under its own id: under a new one, the searcher would not know it.
     """
