@@ -108,13 +108,20 @@ def asked(run: RunConfig, concurrent: int) -> tune.PlacementGroupFactory:
     bundle = {"CPU": DRIVER_CPU if run.train.num_workers > 1 else run.worker_cpus}
     if run.worker_gpus and run.train.num_workers == 1:
         bundle["GPU"] = run.worker_gpus
-    return tune.PlacementGroupFactory([bundle, {HEAD: head_share(concurrent)}])
+    return tune.PlacementGroupFactory([bundle, {HEAD: head_share(concurrent, jobs=run.train.num_workers > 1)}])
 
 
-def head_share(concurrent: int) -> float:
+def head_share(concurrent: int, *, jobs: bool) -> float:
     """Of the one `HEAD` what a trial asks for: one trial more would find none, and Ray's own actors always some.
 
-    In ten-thousandths, as Ray counts: from a hundred trials at a time on, one more in a hundred may find its share.
+    Ray counts in ten-thousandths: from eighty trials at a time on, one more in a hundred may find its share.
+
+    Args:
+        concurrent: trials at a time.
+        jobs: trials are Ray Train jobs, each with an actor of its own on the head. From 22 at a time on, these need so
+            much that a few trials more than planned may start where a search is resumed.
     """
     left = min(0.1, 0.5 / (concurrent + 1))
+    if jobs:
+        left = max(left, min(0.3, 0.002 * (concurrent + 1)))
     return math.floor(1e4 * (1 - left) / concurrent) / 1e4
