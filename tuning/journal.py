@@ -45,7 +45,8 @@ class Journal(Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial failed."""
         file = Path(trial.error_file or "")
-        self._end(trial, "failed", last_line(file.read_text(encoding="utf-8")) if file.is_file() else None)
+        said = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+        self._end(trial, "failed", last_line(said))
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """The search has ended, and with it trials that had not: Tune tells of no other end of those."""
