@@ -82,7 +82,7 @@ def begin(settings: Settings, space: Space, data: str, tracking: str) -> Beginni
     """The trials of `search.warm_start`, with a table of those that do not fit."""
     if not settings.search.warm_start:
         return Beginning()
-    target = Target(run_config(settings), settings.search, space, read_card(data).digest)
+    target = Target(located(run_config(settings)), settings.search, space, read_card(data).digest)
     beginning = earlier_trials(tracking, settings.tracking.experiment, target)
     show_left_out(len(beginning.known), beginning.left_out)
     return beginning

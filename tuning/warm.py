@@ -10,7 +10,7 @@ from mpc.errors import MissingError, UserError
 from pipeline.config import RunConfig
 from tuning.config import SearchConfig
 from tuning.domains import CHOICE, Dimension, Settings, Space
-from tuning.record import flatten
+from tuning.record import flatten, without_places
 from tuning.searchers import Beginning, Known
 from tuning.store import existing_client, explained
 from tuning.tracking import PARENT_TAG
@@ -126,7 +126,7 @@ def _value(dimension: Dimension, text: str) -> Any:
     """MLflow's text as a value of the domain."""
     outside = _Misfit(f"{dimension.path} {text} lies outside {dimension.text()}")
     if dimension.kind == CHOICE:
-        found = [value for value in dimension.values if str(value) == text]
+        found = [value for value in dimension.values if str(without_places(value)) == text]
         if not found:
             raise outside
         return found[0]
