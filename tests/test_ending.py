@@ -10,20 +10,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import timm
 from conftest import free_port
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from proxy import Proxy, drop
+from safetensors.torch import save_file
 from searches import epochs_of, write_space
 from servers import mlflow_running
 
 from infra.console import PlainDisplay
-from infra.searching import search
+from infra.searching import begin, search
 from infra.settings import Settings, run_config
 from mpc.errors import UserError
 from pipeline.card import read_card
 from pipeline.record import claim, read_lines
 from tuning.domains import Dimension, Space
+from tuning.interruption import interruptible
 from tuning.listeners import write_record
 from tuning.outcome import identity
 from tuning.record import RunRecord, Status
@@ -89,6 +92,39 @@ def test_a_trial_that_the_hours_end_has_ended_in_every_record(
         "search": "FINISHED",
         trial.trial_id: "FINISHED",
     }
+
+
+def test_a_second_ctrl_c_is_raised_at_once() -> None:
+    def run() -> None:
+        with interruptible():
+            seen = signal.getsignal(signal.SIGINT)  # Tune notes who listens, and puts it back at its signal
+            signal.signal(signal.SIGUSR1, lambda number, frame: signal.signal(signal.SIGINT, seen))
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+
+
+def test_a_search_begins_with_one_of_the_same_pretrained_weights(
+    few_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").mkdir()
+    network = timm.create_model("test_efficientnet_gn", in_chans=1, num_classes=0)
+    save_file(network.state_dict(), tmp_path / "weights" / "net.safetensors")
+    monkeypatch.chdir(tmp_path)
+    tree = {
+        **SETTINGS,
+        "model": {**SETTINGS["model"], "weights": "weights/net.safetensors"},
+        "train": {**SETTINGS["train"], "epochs": 1},
+        "search": {**SETTINGS["search"], "max_trials": 1},
+    }
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    search(Settings.model_validate(tree), SPACE, few_data, "first", store, PlainDisplay("trials"))
+    tree["search"] = {**tree["search"], "warm_start": ["first"]}
+    beginning = begin(Settings.model_validate(tree), SPACE, few_data, store)
+    assert (len(beginning.known), list(beginning.left_out)) == (1, [])
 
 
 @pytest.mark.slow

@@ -33,8 +33,8 @@ def interruptible() -> Iterator[None]:
 
     def first(number: int, frame: Any) -> None:
         _asked.set()
+        signal.raise_signal(signal.SIGUSR1)  # Tune puts back what it had seen, which is this one
         signal.signal(signal.SIGINT, before[signal.SIGINT])
-        signal.raise_signal(signal.SIGUSR1)
 
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
     signal.signal(signal.SIGINT, first)
