@@ -219,10 +219,10 @@ def test_a_population_is_killed_and_goes_on(few_data: str, searches: Searches, t
         pbt={"quantile": 0.34},
     )
     out, yaml = tmp_path / "search", write_space(tmp_path, GOOD_OR_BAD)
-    killed = searches.start(few_data, out, run(epochs=4), config, yaml)
+    killed = searches.start(few_data, out, run(epochs=6), config, yaml)
     searches.wait_for(lambda: len(epochs_of(out)) == 3 and max(epochs_of(out).values()) >= 2, killed)
     searches.kill(killed)
-    searches.ended_well(searches.start(few_data, out, run(epochs=4), config, yaml, resume=True))
+    searches.ended_well(searches.start(few_data, out, run(epochs=6), config, yaml, resume=True))
     record = json.loads((out / "search.json").read_text())
     trials = [trial for trial in record["trials"] if trial["status"] != "lost"]
     assert [trial["status"] for trial in trials] == ["finished"] * 3

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from pages import Page
+from ray import tune
 from ray.train import Checkpoint
 from runs import PlainHost
 
@@ -21,9 +23,11 @@ from pipeline.loop import Loop
 from pipeline.record import MetricsLog
 from tuning.config import SearchConfig
 from tuning.domains import Dimension, Space
+from tuning.follow import CELL
 from tuning.keeping import best_of
 from tuning.outcome import SearchResult, Trial, pareto
 from tuning.report import write_search
+from tuning.schedulers import make_scheduler
 from tuning.search import search
 from tuning.space import apply
 from tuning.trial import mflops
@@ -82,7 +86,7 @@ def test_a_population_changes_settings_and_its_schedule_is_replayed(few_data: st
     assert [trial.status for trial in result.trials] == ["finished"] * 3
     first = {trial.trial_id: trial.legs[0]["settings"]["optim.lr"] for trial in result.trials}
     assert set(first.values()) == {0.003, 0.000000001}, "the seed draws a good and a bad trial"
-    moved = [(trial, trial.legs[-1]) for trial in result.trials if trial.legs[-1]["donor"]]
+    moved = [(trial, legs[-1]) for trial in result.trials if (legs := [leg for leg in trial.legs if leg["donor"]])]
     assert moved, "a bad trial goes on from a good one"
     for trial, leg in moved:
         assert leg["donor"] in first.keys() - {trial.trial_id}
@@ -95,6 +99,43 @@ def test_a_population_changes_settings_and_its_schedule_is_replayed(few_data: st
         [leg for leg in result.best.legs if leg["epoch"] < result.best.epochs][-1]["schedule"]
     )
     assert record["trials"][0]["legs"] == result.trials[0].legs
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_population_ends_where_the_worst_always_comes_first(tmp_path: Path) -> None:
+    """Trial 0 is worse after each epoch and is set back to trial 1's; Ray's order gives trial 1 no second turn."""
+    space = Space((Dimension("loss.lambda_ipc", "uniform", (0.2, 1.0)),))
+    config = SearchConfig(scheduler="pbt", searcher="random", pbt={"interval": 1, "quantile": 0.5}, **LOSS)
+    reports: list[tuple[str, int]] = []
+
+    def trainable(_: dict[str, Any]) -> None:
+        """Three epochs; the worth of a trial is its place in the population."""
+        trial_id, begun = tune.get_context().get_trial_id(), 0
+        if stored := tune.get_checkpoint():
+            begun = int((Path(stored.path) / "epoch").read_text())
+        for epoch in range(begun + 1, 4):
+            with TemporaryDirectory() as folder:
+                (Path(folder) / "epoch").write_text(str(epoch))
+                worth = {"epoch": epoch, "loss_sup": float(trial_id.endswith("_00000"))}
+                tune.report(worth, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    class Turns(tune.Callback):
+        """Writes down who trained; after 20 epochs of what needs 6 at best, it is enough."""
+
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+            reports.append((trial.trial_id[-1], result["epoch"]))
+            assert len(reports) <= 20, f"no end: {reports}"
+
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": 2}),
+        param_space={CELL: {"loss.lambda_ipc": tune.uniform(0.2, 1.0)}},
+        tune_config=tune.TuneConfig(
+            scheduler=make_scheduler(config, BASE, space, str(tmp_path)), num_samples=2, reuse_actors=True
+        ),
+        run_config=tune.RunConfig(storage_path=str(tmp_path), callbacks=[Turns()], verbose=0),
+    )
+    results = tuner.fit()
+    assert [result.metrics["epoch"] for result in results] == [3, 3]
 
 
 def check_replay(trial: Trial, leg: dict[str, Any], data: str, out: Path, folder: Path) -> None:
