@@ -1,15 +1,17 @@
-"""What a search costs beside its trials, and what ASHA saves, on synthetic radiographs; each part continues where it
-was stopped.
+"""What a search costs beside its trials, what ASHA saves, and what trials that share a GPU gain, on synthetic
+radiographs; each part continues where it was stopped.
 
     python benchmarks/search.py overhead --out runs/overhead     # against the same trials by hand; about 20 minutes
     python benchmarks/search.py curves --out runs/curves         # 81 settings x 27 epochs x 5 seeds: 53 minutes of CPU
     python benchmarks/search.py asha --out runs/curves           # Ray's ASHA over these curves; a minute
+    python benchmarks/search.py sharing --out runs/sharing       # needs a GPU and 16 CPUs; minutes
 
 overhead: the same settings, loop, Ray Data stream and checkpoints, once in one process after the other, once as a
 search with one trial at a time; both start Ray, which is shown apart. A trial lasts at least a minute.
 asha: every setting is trained once to the end and its learning curve kept; then Ray Tune runs the real scheduler over
 trials that only report these curves. Compared are the epochs until a trial reports the best value that random search
 finds at full length.
+sharing: the same trials with a whole GPU, a half and a quarter of it each (train.gpus), so one, two and four at a time.
 """
 
 import argparse
@@ -378,12 +380,57 @@ def compare(folder: Path, lines: list[dict[str, Any]], grace: int) -> None:
     )
 
 
+# trials that share a GPU
+
+
+class Shared(NamedTuple):
+    """Of all trials with one share."""
+
+    seconds: float
+    """From the first trial's begin to the last one's end."""
+    epoch: float
+    """Seconds of a trial's later epochs, in the median; its first one warms up."""
+    memory: float
+    """Most of the GPU's memory that was in use when an epoch ended, in MB."""
+
+
+def by_share(data: str, out: str, trials: int, share: float) -> Shared:
+    """MPC as it is recommended, from random weights, as a search on this machine's GPU."""
+    tree = run_config(load("mpc")).model_dump(mode="json")
+    tree["model"]["weights"] = "none"
+    tree["train"] |= {"epochs": 4, "use_gpu": True, "gpus": share, "amp": "bf16"}
+    config = SearchConfig(searcher="grid", scheduler="none", max_trials=trials)
+    runtime.start()
+    found = search(RunConfig.model_validate(tree), config, rates(trials), data, out).trials
+    lines = [line for file in Path(out).rglob("metrics.jsonl") for line in read_lines(str(file))]
+    begun, ended = [trial.started or 0.0 for trial in found], [trial.ended or 0.0 for trial in found]
+    later = [line["seconds"] for line in lines if line["epoch"] > 1]
+    memory = [line["system/gpu_0_memory_usage_megabytes"] for line in lines]
+    return Shared(max(ended) - min(begun), statistics.median(later), max(memory))
+
+
+def sharing(folder: Path, trials: int) -> None:
+    """A table; a share is kept as soon as it is done."""
+    data, kept = synthetic(folder, 2000, 224), folder / "shares.json"
+    done: dict[str, list[float]] = json.loads(kept.read_text()) if kept.exists() else {}
+    for share in (1.0, 0.5, 0.25):
+        if str(share) not in done:
+            done[str(share)] = alone(by_share, data, str(folder / f"share-{share}-{time.time():.0f}"), trials, share)
+            kept.write_text(json.dumps(done))
+    whole = Shared(*done["1.0"])
+    print(f"{trials} trials, 4 epochs of MPC, DenseNet-121, 224 px, batch 32, bfloat16, {torch.cuda.get_device_name()}")
+    print(f"{'train.gpus':>10}{'seconds':>9}{'x a whole GPU':>15}{'an epoch, s':>13}{'memory, MB':>12}")
+    for name, found in ((name, Shared(*values)) for name, values in done.items()):
+        gain = whole.seconds / found.seconds
+        print(f"{name:>10}{found.seconds:9.1f}{gain:15.2f}{found.epoch:13.1f}{found.memory:12,.0f}")
+
+
 def main() -> None:
     """Runs one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("overhead", "curves", "asha"))
+    parser.add_argument("part", choices=("overhead", "curves", "asha", "sharing"))
     parser.add_argument("--out", type=Path, required=True, help="folder that keeps what is done")
-    parser.add_argument("--trials", type=int, default=4, help="of the overhead")
+    parser.add_argument("--trials", type=int, default=4, help="of the overhead, or that share a GPU")
     parser.add_argument("--rounds", type=int, default=1, help="of the overhead")
     parser.add_argument("--images", type=int, default=600, help="synthetic images of the learning curves")
     a = parser.parse_args()
@@ -393,6 +440,8 @@ def main() -> None:
     elif a.part == "curves":
         torch.set_num_threads(1)
         curves(a.out.absolute(), a.images)
+    elif a.part == "sharing":
+        sharing(a.out.absolute(), a.trials)
     else:
         asha(a.out.absolute())
 

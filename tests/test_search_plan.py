@@ -290,6 +290,9 @@ def test_an_estimate_rests_on_the_record_or_on_steps_timed_here(ray_session: Non
         timed = pace(base, str(tmp_path / "data"), card, str(tmp_path / folder))
         assert timed.seconds > 0
         assert "timed here on cpu, random images" in timed.source
+        assert "share" not in timed.source
+    quarter = base.model_copy(update={"train": base.train.model_copy(update={"use_gpu": True, "gpus": 0.25})})
+    assert "share a GPU slow each other" in pace(quarter, str(tmp_path / "data"), card, str(tmp_path / "out")).source
     (tmp_path / "out" / "trials" / "a").mkdir(parents=True)
     lines = "".join(json.dumps({"epoch": n, "seconds": seconds}) + "\n" for n, seconds in ((1, 10.0), (2, 20.0)))
     (tmp_path / "out" / "trials" / "a" / "metrics.jsonl").write_text(lines)

@@ -102,6 +102,8 @@ def _timed(run: RunConfig, data: str, card: DatasetCard) -> Pace:
         f"{STEPS} steps and passes of validation timed here on {device.type}, random images; reading, views made on "
         f"CPUs and start-up come on top"
     )
+    if 0 < run.worker_gpus < 1:
+        source += "; trials that share a GPU slow each other, by how much is not known here"
     return Pace(loop.plan.steps_per_epoch * step + validation, source)
 
 
