@@ -92,13 +92,23 @@ def best_points(config: SearchConfig, known: Sequence[Known]) -> list[Settings]:
     return list(different.values())[: max(1, config.max_trials // 4)]
 
 
+class _FinalValues(OptunaSearch):  # type: ignore[misc]
+    """Optuna without what trials report on their way: only its own pruners would read that, and Tune's schedulers stop.
+
+    Ray counts these steps anew after a restore, and Optuna warns of each that it already knows.
+    """
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing to tell."""
+
+
 def _by_optuna(config: SearchConfig, space: Space, known: Sequence[Known]) -> OptunaSearch:
     aims: dict[str, Any] = {"metric": VALUE, "mode": config.mode}
     if config.searcher == "pareto":
         aims = {"metric": [VALUE, COST], "mode": [config.mode, "min"]}
     study = optuna.storages.InMemoryStorage()
     _remember(config, space, known, study)
-    return OptunaSearch(space.suggest, sampler=_sampler(config, space), storage=study, study_name=STUDY, **aims)
+    return _FinalValues(space.suggest, sampler=_sampler(config, space), storage=study, study_name=STUDY, **aims)
 
 
 def _sampler(config: SearchConfig, space: Space) -> BaseSampler:
