@@ -107,6 +107,28 @@ def test_a_second_ctrl_c_is_raised_at_once() -> None:
         run()
 
 
+class Warned(PlainDisplay):
+    """A display that a batch system interrupts once a trial has trained an epoch."""
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        if done:
+            signal.raise_signal(signal.SIGUSR1)
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*(progress.csv|result.json)")  # Tune leaves them open then
+def test_a_search_that_a_batch_system_warns_can_be_resumed(few_data: str, tmp_path: Path) -> None:
+    """SIGUSR1 before the time is over, as `sbatch --signal` sends it; Tune saves, and returns as if it had ended."""
+    out, store = tmp_path / "search", f"sqlite:///{tmp_path}/mlflow.db"
+    settings = Settings.model_validate({**SETTINGS, "search": {**SETTINGS["search"], "max_trials": 1}})
+    with pytest.raises(KeyboardInterrupt):
+        search(settings, SPACE, few_data, str(out), store, Warned("trials"))
+    assert not (out / "search.json").exists(), "it has not ended"
+    (name,) = epochs_of(out)
+    assert {key: found.info.status for key, found in runs_of(store).items()} == {"search": "KILLED", name: "KILLED"}
+    (trial,) = search(settings, SPACE, few_data, str(out), store, PlainDisplay("trials"), resume=True).trials
+    assert (trial.trial_id, trial.status, trial.epochs) == (name, "finished", 4)
+
+
 def test_a_search_begins_with_one_of_the_same_pretrained_weights(
     few_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

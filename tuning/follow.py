@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from ray.tune import Callback
 
 from mpc.errors import UserError
-from tuning.interruption import cut_short
+from tuning.interruption import cut_short, heed
 
 
 class SearchListener(Protocol):
@@ -75,6 +75,10 @@ class Follow(Callback):  # type: ignore[misc]
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
         self.unended: set[str] = set()
+
+    def setup(self, **info: Any) -> None:
+        """Tune is about to begin."""
+        heed()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Before anything is started."""

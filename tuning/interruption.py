@@ -23,10 +23,10 @@ def interruptible() -> Iterator[None]:
     """While it lasts, a first Ctrl-C lets Tune save and return, and is raised at the end; a second one at once.
 
     Tune's own handler would return from a Ctrl-C as if the search had ended, so `pipeline.environment` switches it off;
-    SIGUSR1 is the other signal at which it saves. Until Tune listens to that, a Ctrl-C is raised at once.
+    SIGUSR1 is the other signal at which it saves. Until Tune listens to that, either is raised at once.
     """
     _asked.clear()
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
@@ -37,7 +37,8 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     signal.signal(signal.SIGUSR1, signal.default_int_handler)
-    signal.signal(signal.SIGINT, first)
+    if before[signal.SIGINT] is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, first)
     try:
         yield
     finally:
@@ -45,3 +46,16 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
     if _asked.is_set():
         raise KeyboardInterrupt
+
+
+def heed() -> None:
+    """Called once Tune listens to SIGUSR1: then one from elsewhere, as Slurm sends it, counts as a Ctrl-C, too."""
+    save = signal.getsignal(signal.SIGUSR1)
+    if threading.current_thread() is not threading.main_thread() or not callable(save):
+        return
+
+    def asked(number: int, frame: Any) -> None:
+        _asked.set()
+        save(number, frame)
+
+    signal.signal(signal.SIGUSR1, asked)
