@@ -238,6 +238,7 @@ def test_folds_test_every_image_once(ray_session: None, tmp_path: Path) -> None:
         assert sorted(tested) == sorted(row[0].removesuffix(".png") for row in rows)
 
 
+@pytest.mark.slow
 def test_a_benchmark_without_a_run_that_ended_well_is_told_in_one_line(ray_session: None, tmp_path: Path) -> None:
     methods = {name: TINY["methods"][name] for name in ("full", "an")}
     bad = {"run": {**TINY["run"], "optim": {"lr": 1e30}}, "methods": methods, "ours": []}

@@ -101,6 +101,7 @@ class AtATime:
         self.running.discard(trial_id)
 
 
+@pytest.mark.slow
 def test_failed_trials_that_are_resumed_leave_cpus_for_data(few_data: str, tmp_path: Path) -> None:
     # 5 and 7 heads do not divide the network's 256 features; Tune starts whatever a searcher has handed out before
     space = Space((Dimension("btc.heads", "choice", (5, 7, 4)),))
@@ -122,6 +123,7 @@ def test_failed_trials_that_are_resumed_leave_cpus_for_data(few_data: str, tmp_p
     assert (len(again.started), again.most) == (2, 1)
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_found_from_here_and_read_in_trials(
     few_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
