@@ -112,7 +112,7 @@ def test_a_second_ctrl_c_is_raised_at_once() -> None:
 
 
 class Warned(PlainDisplay):
-    """A display that a batch system interrupts once a trial has trained an epoch."""
+    """A display that somebody warns with SIGUSR1 once a trial has trained an epoch."""
 
     def __call__(self, done: int, total: int, text: str) -> None:
         if done:
@@ -120,8 +120,8 @@ class Warned(PlainDisplay):
 
 
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*(progress.csv|result.json)")  # Tune leaves them open then
-def test_a_search_that_a_batch_system_warns_can_be_resumed(few_data: str, tmp_path: Path) -> None:
-    """SIGUSR1 before the time is over, as `sbatch --signal` sends it; Tune saves, and returns as if it had ended."""
+def test_a_search_that_is_warned_can_be_resumed(few_data: str, tmp_path: Path) -> None:
+    """At SIGUSR1 Tune saves, and returns as if the search had ended."""
     out, store = tmp_path / "search", f"sqlite:///{tmp_path}/mlflow.db"
     settings = Settings.model_validate({**SETTINGS, "search": {**SETTINGS["search"], "max_trials": 1}})
     with pytest.raises(KeyboardInterrupt):

@@ -35,7 +35,9 @@ def run(**train: Any) -> RunConfig:
 
 def check_device(out: Path) -> None:
     """Every epoch of every trial found the memory of its GPU in use."""
-    for file in out.glob("trials/*/metrics.jsonl"):
+    files = list(out.glob("trials/*/metrics.jsonl"))
+    assert files
+    for file in files:
         assert all(line["system/gpu_0_memory_usage_megabytes"] > 0 for line in MetricsLog(str(file.parent)).read())
 
 

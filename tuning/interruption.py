@@ -49,7 +49,7 @@ def interruptible() -> Iterator[None]:
 
 
 def heed() -> None:
-    """Called once Tune listens to SIGUSR1: then one from elsewhere, as Slurm sends it, counts as a Ctrl-C, too."""
+    """Called once Tune listens to SIGUSR1: then one from elsewhere counts as a Ctrl-C, too."""
     save = signal.getsignal(signal.SIGUSR1)
     if threading.current_thread() is not threading.main_thread() or not callable(save):
         return
