@@ -46,6 +46,7 @@ from pipeline.spans import SPAN_ROWS, SpanReader, TrainingData, arrays_of
 from tuning.config import SearchConfig
 from tuning.domains import Dimension, Space
 from tuning.follow import CELL
+from tuning.outcome import SearchResult
 from tuning.schedulers import make_scheduler
 from tuning.search import fresh, search
 from tuning.space import apply
@@ -183,12 +184,20 @@ def by_hand(data: str, out: str, epochs: int, trials: int) -> Seconds:
     return Seconds(started, time.perf_counter() - began, within_epochs(out), cpu_seconds() - used)
 
 
+def lasting(result: SearchResult) -> float:
+    """Seconds from the first trial's begin to the last one's end; a trial that failed would make them look few."""
+    times = [(t.started, t.ended) for t in result.trials if t.status == "finished" and t.started and t.ended]
+    if len(times) < len(result.trials):
+        raise SystemExit(f"not all trials have finished: {[(t.trial_id, t.status, t.error) for t in result.trials]}")
+    return max(ended for _, ended in times) - min(started for started, _ in times)
+
+
 def by_search(data: str, out: str, epochs: int, trials: int) -> Seconds:
     """The same as a search."""
     started, began, used = timed_start(), time.perf_counter(), cpu_seconds()
     config = SearchConfig(searcher="grid", scheduler="none", max_trials=trials, max_concurrent=1, cpus_for_data=0.5)
     watch = Watch()
-    search(long_run(epochs), config, rates(trials), data, out, listeners=[watch])
+    lasting(search(long_run(epochs), config, rates(trials), data, out, listeners=[watch]))
     whole = time.perf_counter() - began
     return Seconds(started, whole, within_epochs(out), cpu_seconds() - used, watch.share)
 
@@ -401,12 +410,11 @@ def by_share(data: str, out: str, trials: int, share: float) -> Shared:
     tree["train"] |= {"epochs": 4, "use_gpu": True, "gpus": share, "amp": "bf16"}
     config = SearchConfig(searcher="grid", scheduler="none", max_trials=trials)
     runtime.start()
-    found = search(RunConfig.model_validate(tree), config, rates(trials), data, out).trials
+    seconds = lasting(search(RunConfig.model_validate(tree), config, rates(trials), data, out))
     lines = [line for file in Path(out).rglob("metrics.jsonl") for line in read_lines(str(file))]
-    begun, ended = [trial.started or 0.0 for trial in found], [trial.ended or 0.0 for trial in found]
     later = [line["seconds"] for line in lines if line["epoch"] > 1]
     memory = [line["system/gpu_0_memory_usage_megabytes"] for line in lines]
-    return Shared(max(ended) - min(begun), statistics.median(later), max(memory))
+    return Shared(seconds, statistics.median(later), max(memory))
 
 
 def sharing(folder: Path, trials: int) -> None:
@@ -441,6 +449,8 @@ def main() -> None:
         torch.set_num_threads(1)
         curves(a.out.absolute(), a.images)
     elif a.part == "sharing":
+        if not torch.cuda.is_available():
+            parser.error("sharing needs a GPU, and torch finds none here")
         sharing(a.out.absolute(), a.trials)
     else:
         asha(a.out.absolute())
